@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -51,6 +52,7 @@ def plan_model(
     gpu: str | float | None = None,
     on_gpu: bool = False,
     zoom_crops: int = 0,
+    chunk_size: int = 0,
 ) -> Plan:
     """Estimate the cost of captioning, or of a training step.
 
@@ -67,9 +69,11 @@ def plan_model(
         on_gpu: Use the code paths of a GPU even if `gpu` is None.
         zoom_crops: Crops per image that zoom encodes; at most one per region. Must be 0 in training. For models with
             the option `keep_best_caption`, includes a second caption of one region per crop.
+        chunk_size: `train.chunk_size` of a training step: regions per chunk whose activations are recomputed; 0 for
+            all regions at once.
 
     Returns:
-        The plan.
+        The plan. For a training step that does not fit on `gpu`, it includes the largest chunk size that fits.
 
     Raises:
         RegistryError: As in `sca.build`, or the GPU or the precision is unknown.
@@ -80,8 +84,11 @@ def plan_model(
     for name, count in counts.items():
         check_range(name, count, int, 1)
     check_range("zoom_crops", zoom_crops, int, 0)
+    check_range("chunk_size", chunk_size, int, 0)
     if training and zoom_crops:
         raise ValueError(f"zoom_crops is {zoom_crops}, but training has no zoom; omit zoom_crops, or plan captioning")
+    if chunk_size and not training:
+        raise ValueError(f"chunk_size is {chunk_size}, but captioning has no gradients; omit it, or plan training")
     check_planned_precision(precision, training, on_gpu or gpu is not None)
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
@@ -99,7 +106,11 @@ def plan_model(
     if precision == "int8":
         set_precision(model, precision)
     meter = _CostMeter(model if training else model.to(dtype).requires_grad_(False), dtype)
-    measure = meter.measure_training_step if training else partial(meter.measure_inference, zoom_crops=zoom_crops)
+    measure = (
+        partial(meter.measure_training_step, chunk_size=chunk_size)
+        if training
+        else partial(meter.measure_inference, zoom_crops=zoom_crops)
+    )
     try:
         flops, memory = measure(batch_size, regions_per_image, max_new_tokens)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -111,6 +122,13 @@ def plan_model(
         if memory_budget is None
         else _find_max_regions(lambda count: max(measure(batch_size, count, max_new_tokens)[1].values()), memory_budget)
     )
+    max_chunk_size = None
+    if training and memory_budget is not None and max(memory.values()) > memory_budget:
+
+        def measure_chunks(size: int) -> int:
+            return max(meter.measure_training_step(batch_size, regions_per_image, max_new_tokens, size)[1].values())
+
+        max_chunk_size = _find_max_chunk_size(measure_chunks, batch_size * regions_per_image, memory_budget)
     return Plan(
         model="+".join(component_spec.name for component_spec in (spec.encoder, spec.mixer, spec.language_model)),
         batch_size=batch_size,
@@ -128,6 +146,8 @@ def plan_model(
         usable_gpu_memory=memory_budget,
         max_regions_per_image=max_regions,
         zoom_crops=zoom_crops,
+        chunk_size=chunk_size,
+        max_chunk_size=max_chunk_size,
     )
 
 
@@ -317,7 +337,7 @@ class _CostMeter:
         stages.flops["decode"] = (stages.flops["decode"] + first_step_flops[0]) * (num_tokens - 1) // 2
 
     def measure_training_step(
-        self, batch_size: int, regions_per_image: int, num_tokens: int
+        self, batch_size: int, regions_per_image: int, num_tokens: int, chunk_size: int = 0
     ) -> tuple[dict[str, int], dict[str, int]]:
         """Return FLOPs and peak bytes of a training step with one caption per region, with the state of AdamW."""
         model, image_size = self.model.train(), self.model.encoder.image_format.size
@@ -341,7 +361,7 @@ class _CostMeter:
                 batch.targets = MaskTargets(torch.rand(rows, mask_size, mask_size), valid_pixels, has_mask)
             autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
             with stages("forward"), autocast:
-                loss = model(batch).loss
+                loss = model(batch, chunk_size=chunk_size).loss
             with stages("backward"):
                 loss.backward()
             del optimizer_state
@@ -394,3 +414,10 @@ def _find_max_regions(measure_memory: Callable[[int], int], memory_budget: int) 
         candidate = (guess, measure_memory(guess))
         low, high = (candidate, high) if candidate[1] <= memory_budget else (low, candidate)
     return low[0]
+
+
+def _find_max_chunk_size(measure_memory: Callable[[int], int], num_regions: int, memory_budget: int) -> int:
+    """Return the largest power of two below a number of regions with which a training step fits; 0 if none does."""
+    exponents = range((num_regions - 1).bit_length())
+    fitting_count = bisect_left(exponents, True, key=lambda exponent: measure_memory(2**exponent) > memory_budget)
+    return 2 ** (fitting_count - 1) if fitting_count else 0

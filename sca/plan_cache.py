@@ -70,6 +70,9 @@ class Plan:
         max_regions_per_image: Regions per image that fit, at most 2% below the maximum; 0 if not even one fits, None
             without a GPU or if `MAX_PLANNED_REGIONS` fit.
         zoom_crops: Crops per image that zoom encodes. Their cost is the stage "zoom".
+        chunk_size: Regions per chunk of a training step; 0 for all regions at once.
+        max_chunk_size: Largest power of two with which a training step that does not fit on the GPU would fit; 0 if
+            none does, None for other plans.
     """
 
     model: str
@@ -88,6 +91,8 @@ class Plan:
     usable_gpu_memory: int | None = None
     max_regions_per_image: int | None = None
     zoom_crops: int = 0
+    chunk_size: int = 0
+    max_chunk_size: int | None = None
 
     @property
     def peak_memory(self) -> int:

@@ -52,6 +52,14 @@ def plan(
         bool,
         typer.Option("--train", help="Plan a training step instead of captioning.", rich_help_panel="Workload"),
     ] = False,
+    chunk_size: Annotated[
+        int,
+        typer.Option(
+            help="With --train: regions per forward pass, as train.chunk_size of a recipe; 0 for all at once.",
+            min=0,
+            rich_help_panel="Workload",
+        ),
+    ] = 0,
     precision: Annotated[
         str,
         typer.Option(
@@ -82,13 +90,14 @@ def plan(
         "gpu": gpu,
         "zoom_crops": zoom_crops,
         "precision": precision,
+        "chunk_size": chunk_size,
     }
     with _without_garbage_collection():
         model_plan = _load_or_compute_plan(model, overrides or (), trust_remote_code, allow_external, workload)
     if as_json:
         print_json(model_plan.to_dict())
     else:
-        _print_plan(model_plan)
+        print_plan(model_plan)
 
 
 @contextmanager
@@ -137,7 +146,12 @@ def _resolve_spec(model: str, trust_remote_code: bool, allow_external: bool) -> 
     return resolve_spec(model, Trust(trust_remote_code, allow_external))
 
 
-def _print_plan(model_plan: Plan) -> None:
+def print_plan(model_plan: Plan) -> None:
+    """Print a plan as a table.
+
+    Args:
+        model_plan: Plan.
+    """
     from sca.io.terminal import Table
     from sca.plan_cache import MAX_PLANNED_REGIONS
 
@@ -163,8 +177,15 @@ def _print_plan(model_plan: Plan) -> None:
         usable_memory = _format_bytes(model_plan.usable_gpu_memory)
         print_line(
             f"{model_plan.gpu:<16}{usable_memory:>15}  usable; the workload {fits}; maximum regions per image: "
-            f"{limit_text}"
+            f"{limit_text}{_format_chunk_size(model_plan.max_chunk_size)}"
         )
+
+
+def _format_chunk_size(max_chunk_size: int | None) -> str:
+    """Format the chunk size with which a training step fits; "" if it fits without, or captioning is planned."""
+    if max_chunk_size is None:
+        return ""
+    return f"; it fits with train.chunk_size={max_chunk_size}" if max_chunk_size else "; no train.chunk_size fits"
 
 
 def _format_bytes(count: int) -> str:

@@ -10,8 +10,15 @@ from sca_registry.spec import ModelSpec
 from tiny import TINY_SAM_CONFIG, make_tiny_config
 
 import sca
+from sca.cli.plan import print_plan
 from sca.nn.two_way_transformer import TwoWayTransformer
-from sca.plan import _compute_layer_signature, _find_max_regions, plan_model
+from sca.plan import (
+    USABLE_MEMORY_FRACTION,
+    _compute_layer_signature,
+    _find_max_chunk_size,
+    _find_max_regions,
+    plan_model,
+)
 from sca.plan_cache import MAX_PLANNED_REGIONS
 from sca.stage_costs import StageMeter, make_flop_counter
 from sca.testing.tiny import get_tiny_options
@@ -307,3 +314,37 @@ def test_plan_counts_the_crops_of_zoom():
     assert zoomed.memory["zoom"] > plain.memory["encode"]
     with pytest.raises(ValueError, match="zoom_crops is 1, but training has no zoom; omit zoom_crops"):
         plan_model(build_spec("tiny"), training=True, zoom_crops=1)
+
+
+@pytest.mark.slow
+def test_plan_of_a_training_step_in_chunks_needs_less_memory_and_more_flops():
+    options = {"regions_per_image": 12, "max_new_tokens": MAX_NEW_TOKENS, "training": True}
+    whole, chunked = (plan_model(build_spec("tiny"), chunk_size=size, **options) for size in (0, 2))
+    assert chunked.peak_memory < whole.peak_memory
+    assert chunked.flops["backward"] > whole.flops["backward"]  # activations are recomputed
+    with pytest.raises(ValueError, match="chunk_size is 4, but captioning has no gradients; omit it"):
+        plan_model(build_spec("tiny"), chunk_size=4)
+
+
+@pytest.mark.all
+def test_plan_finds_the_largest_chunk_size_with_which_a_training_step_fits():
+    options = {"regions_per_image": 40, "max_new_tokens": MAX_NEW_TOKENS, "training": True}
+    fours, eights = (plan_model(build_spec("tiny"), chunk_size=size, **options).peak_memory for size in (4, 8))
+    gpu_gib = (fours + eights) / 2 / 2**30 / USABLE_MEMORY_FRACTION
+    assert plan_model(build_spec("tiny"), gpu=gpu_gib, **options).max_chunk_size == 4
+    assert plan_model(build_spec("tiny"), gpu=gpu_gib, chunk_size=4, **options).max_chunk_size is None
+
+
+@pytest.mark.parametrize(("memory_budget", "expected_size"), [(9, 0), (10, 1), (39, 2), (40, 4), (10_000, 32)])
+def test_find_max_chunk_size_is_a_power_of_two_below_the_number_of_regions(memory_budget, expected_size):
+    assert _find_max_chunk_size(lambda size: 10 * size, 40, memory_budget) == expected_size
+
+
+@pytest.mark.parametrize(
+    ("max_chunk_size", "text"),
+    [(8, "; it fits with train.chunk_size=8"), (0, "; no train.chunk_size fits"), (None, "")],
+)
+def test_plan_command_prints_the_chunk_size_that_fits(capsys, max_chunk_size, text):
+    plan = plan_model(build_spec("tiny"), regions_per_image=1, max_new_tokens=1, gpu=24)
+    print_plan(replace(plan, max_chunk_size=max_chunk_size))
+    assert capsys.readouterr().out.endswith(f"maximum regions per image: at least 16,384{text}\n")
