@@ -47,7 +47,7 @@ class SweepRow:
         """Captioner that is evaluated instead of a model; None for a model."""
         return ComponentSpec.from_dict(self.config["captioner"], "captioner") if "captioner" in self.config else None
 
-    def make_recipes(self, feature_cache_dir: str = "") -> list[Recipe]:
+    def make_recipes(self, feature_cache_dir: str = "none") -> list[Recipe]:
         """Return the recipe of each training stage; empty without training.
 
         All recipes contain the spec of the model; every stage but the first starts from the model of the previous one.
@@ -104,8 +104,7 @@ class SweepRow:
         train_options = {key: value for key, value in options.items() if key not in TRAIN_KEYS_OF_SWEEPS}
         table["train"] |= {**train_options, "seed": self.config["seed"], "num_processes": 1}
         table["train"]["save_steps"] = table["train"]["steps"]
-        if options.get("cache_features"):
-            table["train"]["feature_cache_dir"] = feature_cache_dir
+        table["train"]["feature_cache_dir"] = feature_cache_dir if options.get("cache_features") else "none"
         table |= {key: options[key] for key in ("data", "loss") if key in options}
         return Recipe.from_dict(name, table)
 

@@ -153,6 +153,7 @@ def print_plan(model_plan: Plan) -> None:
         model_plan: Plan.
     """
     from sca.io.terminal import Table
+    from sca.io.text import format_bytes
     from sca.plan_cache import MAX_PLANNED_REGIONS
 
     workload = "a training step with" if model_plan.training else "captioning"
@@ -160,21 +161,21 @@ def print_plan(model_plan: Plan) -> None:
     print_line(f"{model_plan.model}: {workload} {counts}, {model_plan.precision}")
     table = Table(("stage", "GFLOPs", "peak memory"), right_aligned=("GFLOPs", "peak memory"), has_frame=False)
     for stage, flops in model_plan.flops.items():
-        table.add_row(stage, f"{flops / 1e9:,.1f}", _format_bytes(model_plan.memory[stage]))
-    table.add_row("total", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", _format_bytes(model_plan.peak_memory))
+        table.add_row(stage, f"{flops / 1e9:,.1f}", format_bytes(model_plan.memory[stage]))
+    table.add_row("total", f"{sum(model_plan.flops.values()) / 1e9:,.1f}", format_bytes(model_plan.peak_memory))
     print_table(table)
     for group, count in model_plan.parameters.items():
         print_line(f"{group:<16}{count:>15,}")
     print_line(
         f"{'parameters':<16}{sum(model_plan.parameters.values()):>15,}  {model_plan.trainable_parameters:,} trainable"
     )
-    checkpoint_size = _format_bytes(model_plan.checkpoint_bytes)
-    print_line(f"{'float32 weights':<16}{_format_bytes(model_plan.weight_bytes):>15}  checkpoint: {checkpoint_size}")
+    checkpoint_size = format_bytes(model_plan.checkpoint_bytes)
+    print_line(f"{'float32 weights':<16}{format_bytes(model_plan.weight_bytes):>15}  checkpoint: {checkpoint_size}")
     if model_plan.usable_gpu_memory is not None:
         max_regions = model_plan.max_regions_per_image
         fits = "fits" if model_plan.fits_gpu else "does not fit"
         limit_text = f"at least {MAX_PLANNED_REGIONS:,}" if max_regions is None else f"{max_regions:,}"
-        usable_memory = _format_bytes(model_plan.usable_gpu_memory)
+        usable_memory = format_bytes(model_plan.usable_gpu_memory)
         print_line(
             f"{model_plan.gpu:<16}{usable_memory:>15}  usable; the workload {fits}; maximum regions per image: "
             f"{limit_text}{_format_chunk_size(model_plan.max_chunk_size)}"
@@ -186,7 +187,3 @@ def _format_chunk_size(max_chunk_size: int | None) -> str:
     if max_chunk_size is None:
         return ""
     return f"; it fits with train.chunk_size={max_chunk_size}" if max_chunk_size else "; no train.chunk_size fits"
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -8,19 +8,32 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL import Image
+from sca_registry import RegistryError
 from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import Trainer
 
 from sca.inference.processor import Processor
 from sca.io.atomic import remove_drafts, translate_output_errors, write_file
+from sca.io.cache import get_cache_folder
 from sca.io.paths import expand_user
+from sca.io.text import format_bytes
 from sca.io.weight_files import hash_tensors
 from sca.model import SegmentCaptioner
+from sca.training.examples import ExampleMixture
+from sca.training.recipe import FEATURE_CACHE_MODES, Recipe
+
+MIN_USES_OF_CACHED_IMAGE = 2  # on average, of an automatic cache
+MAX_FRACTION_OF_FREE_SPACE = 0.25  # that an automatic cache may take
 
 
 class FeatureCache:
@@ -106,10 +119,112 @@ class FeatureCache:
             encode_pending()
 
 
+def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
+    """Check that the features of images stay the same during training, if the recipe names a folder to cache them in.
+
+    Args:
+        recipe: Recipe of the training run.
+        model: Model to train.
+
+    Raises:
+        RegistryError: The encoder is trainable, or a data source has augmentation.
+    """
+    obstacle = _find_cache_obstacle(recipe, model)
+    if obstacle and recipe.train.feature_cache_dir not in FEATURE_CACHE_MODES:
+        raise RegistryError(f"train.feature_cache_dir requires {obstacle}")
+
+
+def _find_cache_obstacle(recipe: Recipe, model: SegmentCaptioner) -> str:
+    """Return what a feature cache requires, and how to get it; "" if nothing is missing."""
+    if any(parameter.requires_grad for parameter in model.get_submodule("encoder").parameters()):
+        return "a frozen encoder; remove it, or remove 'encoder' from trainable"
+    for name, source in recipe.data.items():
+        if source.augment is not None:
+            return f"images without augmentation; remove it, or data.{name}.augment"
+    return ""
+
+
+def open_feature_cache(
+    recipe: Recipe, model: SegmentCaptioner, mixture: ExampleMixture, trainer: Trainer, report: Callable[[str], None]
+) -> FeatureCache | None:
+    """Open the feature cache of a recipe; of `feature_cache_dir = "auto"`, only if it saves time and disk space allows.
+
+    All processes must call it, and get the same answer.
+
+    Args:
+        recipe: Recipe of the training run.
+        model: Model with the encoder.
+        mixture: Examples to train on.
+        trainer: Trainer, for the processes.
+        report: Called with the size and the folder of an automatic cache.
+
+    Returns:
+        The cache, or None.
+    """
+    mode = recipe.train.feature_cache_dir
+    if mode not in FEATURE_CACHE_MODES:
+        return FeatureCache(mode, model)
+    world_size = trainer.args.world_size
+    has_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
+    if mode == "none" or not has_one_machine or _find_cache_obstacle(recipe, model):
+        return None
+    samples = mixture.list_samples()
+    if len(mixture) < MIN_USES_OF_CACHED_IMAGE * len(samples):
+        return None
+    folder = get_cache_folder() / "features"
+    dataset, index = samples[0]
+    num_bytes = len(samples) * _count_feature_bytes(model, dataset[index].image)
+    decisions = [num_bytes <= _count_free_bytes(folder) * MAX_FRACTION_OF_FREE_SPACE]
+    broadcast_object_list(decisions)  # disk space may change between the calls of two processes
+    if not decisions[0]:
+        return None
+    report(
+        f"caching the features of {len(samples):,} images ({format_bytes(num_bytes)}) in {folder}; "
+        "set train.feature_cache_dir=none to disable this"
+    )
+    return FeatureCache(folder, model)
+
+
+def fill_feature_cache(
+    cache: FeatureCache, model: SegmentCaptioner, mixture: ExampleMixture, trainer: Trainer, quiet: bool
+) -> None:
+    """Encode all training images that are missing in the feature cache, split over the processes, and train on it.
+
+    Args:
+        cache: Feature cache.
+        model: Model with the encoder.
+        mixture: Examples to train on; they contain cached features from now on.
+        trainer: Trainer, for the processes.
+        quiet: Show no progress bar.
+    """
+    samples = mixture.list_samples()
+    process_samples = samples[trainer.args.process_index :: trainer.args.world_size]
+    bar = tqdm(
+        total=len(process_samples), desc="features", disable=quiet or not trainer.is_world_process_zero() or None
+    )
+    cache.encode_missing(model, (dataset[index].image for dataset, index in process_samples), bar.update)
+    bar.close()
+    for stream in mixture.streams:
+        stream.cache = cache
+    trainer.accelerator.wait_for_everyone()
+
+
+def _count_feature_bytes(model: SegmentCaptioner, image: Image.Image) -> int:
+    """Return the bytes of the cached features of an image."""
+    pixels = Processor.from_encoder(model.encoder).preprocess_images([image])
+    with torch.no_grad():
+        return 2 * model.encode(pixels.to(model.task_tokens.device)).numel()
+
+
+def _count_free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder that may not exist yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
 def _write_features(path: Path, features: Tensor) -> None:
     array = features.half().cpu()
     if not array.isfinite().all():
-        raise ValueError("the features exceed the range of float16; train without train.feature_cache_dir")
+        raise ValueError("the features exceed the range of float16; set train.feature_cache_dir=none")
     content = io.BytesIO()
     np.save(content, array.numpy())
     with translate_output_errors(path):

@@ -125,7 +125,8 @@ class TrainOptions(SamplingOptions):
         max_grad_norm: Maximum gradient norm.
         gradient_accumulation_steps: Batches per step that are computed one after another.
         chunk_size: Regions per forward pass, with activations recomputed for the gradients to save memory; 0 for all.
-        feature_cache_dir: Folder that caches the features of a frozen encoder, see `FeatureCache`; "" for none.
+        feature_cache_dir: Folder that caches the features of a frozen encoder, see `FeatureCache`; "none"; or "auto"
+            for a folder of this package's cache, if `open_feature_cache` expects it to save time.
         precision: "float32", or autocast to "bfloat16" or "float16".
         report_to: "tensorboard", "wandb", "trackio" or another integration of transformers, comma-separated; "none";
             or "auto" for TensorBoard if it is installed.
@@ -149,7 +150,7 @@ class TrainOptions(SamplingOptions):
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     chunk_size: int = 0
-    feature_cache_dir: str = ""
+    feature_cache_dir: str = "auto"
     precision: str = "float32"
     report_to: str = "auto"
     fsdp: bool = False
@@ -158,6 +159,8 @@ class TrainOptions(SamplingOptions):
     save_steps: int = 500
     seed: int = 0
 
+
+FEATURE_CACHE_MODES = ("auto", "none")  # values of `feature_cache_dir` that are not a folder
 
 RECIPE_KEYS = {  # name without its section, or in transformers -> key of a recipe, for error messages
     "model": "model",
@@ -544,6 +547,8 @@ def _check_train_options(train: Mapping[str, Any]) -> None:
         check_range(f"train.{key}", train[key], float, 0, 1)
     _check_prompt_weights(train["prompt_weights"])
     check_choice("train.precision", train["precision"], PRECISIONS)
+    if not train["feature_cache_dir"]:
+        raise RegistryError('train.feature_cache_dir is empty; use a folder, "auto" or "none"')
 
 
 def _check_prompt_weights(prompt_weights: Mapping[str, Any]) -> None:

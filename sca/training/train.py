@@ -14,8 +14,7 @@ import torch
 from sca_registry import RegistryError, language_models
 from sca_registry.contracts import Dataset
 from sca_registry.errors import make_unknown_name_error
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from sca.builder import build
@@ -31,7 +30,7 @@ from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
 from sca.training.examples import ExampleMixture, ExampleStream, collate_examples
-from sca.training.feature_cache import FeatureCache
+from sca.training.feature_cache import check_cacheable, fill_feature_cache, open_feature_cache
 from sca.training.log import TrainingLog
 from sca.training.module import TrainingModule, check_lr_multipliers
 from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, RECIPE_KEYS, Recipe, TrainOptions
@@ -188,8 +187,9 @@ def _train_process(
         trainer.add_callback(StopCallback(stop_step))
     if recipe.validate is not None and validation_dataset is not None and len(validation_dataset):
         trainer.add_callback(ValidationCallback(trainer, recipe.validate, validation_dataset, folder, report))
-    if recipe.train.feature_cache_dir:
-        fill_feature_cache(model.to(trainer.args.device), mixture, trainer, quiet)
+    cache = open_feature_cache(recipe, model.to(trainer.args.device), mixture, trainer, report)
+    if cache is not None:
+        fill_feature_cache(cache, model, mixture, trainer, quiet)
     if run_folder is not None:
         input_paths = iter_existing_paths(recipe.to_dict())
         run_folder.begin_run(
@@ -341,8 +341,7 @@ def prepare_training(
         check_shardable(recipe)
     if model.language_model.tokenizer is None:
         raise RegistryError(NO_TOKENIZER_MESSAGE)
-    if recipe.train.feature_cache_dir:
-        check_cacheable(recipe, model)
+    check_cacheable(recipe, model)
     if recipe.train.question_prob:
         _check_question_lengths(recipe, model, sources)
         model.spec = replace(model.spec, questions=True)
@@ -374,8 +373,7 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
             raise RegistryError(NO_TOKENIZER_MESSAGE)
     if recipe.train.fsdp:
         check_shardable(recipe)
-    if recipe.train.feature_cache_dir:
-        check_cacheable(recipe, model)
+    check_cacheable(recipe, model)
     attributes = AttributeValues.from_datasets(list(sources.values()))
     check_lr_multipliers(recipe.train, TrainingModule(model, recipe.loss, attributes))
     _resolve_reporters(recipe.train.report_to)
@@ -481,48 +479,6 @@ def check_shardable(recipe: Recipe) -> None:
         )
 
 
-def check_cacheable(recipe: Recipe, model: SegmentCaptioner) -> None:
-    """Check that the features of images stay the same during training.
-
-    Args:
-        recipe: Recipe of the training run.
-        model: Model to train.
-
-    Raises:
-        RegistryError: The encoder is trainable, or a data source has augmentation.
-    """
-    if any(parameter.requires_grad for parameter in model.get_submodule("encoder").parameters()):
-        raise RegistryError(
-            "train.feature_cache_dir requires a frozen encoder; remove it, or remove 'encoder' from trainable"
-        )
-    for name, source in recipe.data.items():
-        if source.augment is not None:
-            raise RegistryError(
-                f"train.feature_cache_dir requires images without augmentation; remove it, or data.{name}.augment"
-            )
-
-
-def fill_feature_cache(model: SegmentCaptioner, mixture: ExampleMixture, trainer: Trainer, quiet: bool) -> None:
-    """Encode all training images that are missing in the feature cache, split over the processes.
-
-    Args:
-        model: Model with the encoder.
-        mixture: Examples to train on; its streams share one cache.
-        trainer: Trainer, for the processes.
-        quiet: Show no progress bar.
-    """
-    samples = mixture.list_samples()
-    process_samples = samples[trainer.args.process_index :: trainer.args.world_size]
-    bar = tqdm(
-        total=len(process_samples), desc="features", disable=quiet or not trainer.is_world_process_zero() or None
-    )
-    cache = mixture.streams[0].cache
-    assert cache is not None
-    cache.encode_missing(model, (dataset[index].image for dataset, index in process_samples), bar.update)
-    bar.close()
-    trainer.accelerator.wait_for_everyone()
-
-
 def _build_training_arguments(recipe: Recipe, folder: Path, images_per_process: int) -> TrainingArguments:
     options = recipe.train
     return TrainingArguments(
@@ -562,7 +518,6 @@ def _build_mixture(
     weights = [source.weight for source in sources]
     attributes = AttributeValues.from_datasets(datasets)
     length = options.steps * options.batch_size
-    cache = FeatureCache(options.feature_cache_dir, model) if options.feature_cache_dir else None
     prompts = (model.encode_task_prompt(task) for task in model.spec.task_names)
     task_prompts = [prompt for prompt in prompts if prompt is not None]  # of all tasks, or of none
     streams = [
@@ -577,7 +532,6 @@ def _build_mixture(
             augment=source.augment,
             phrase_mode=source.phrases,
             class_name_task=source.class_name_task,
-            cache=cache,
             prompt_template=model.spec.prompt_template,
             task_prompts=task_prompts,
         )

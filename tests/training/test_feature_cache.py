@@ -61,6 +61,44 @@ def test_feature_cache_encodes_each_image_once_and_preserves_trained_weights(mak
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "num_encoded"),
+    [
+        ({"steps": 10}, 10),  # each of 9 images, and first one for the size of its features
+        ({"steps": 10, "feature_cache_dir": "none"}, 20),
+        ({"steps": 8}, 16),  # images are used less than twice
+    ],
+)
+def test_automatic_feature_cache_is_for_runs_that_repeat_images(
+    make_recipe, tmp_path, monkeypatch, options, num_encoded
+):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    encoded_images, messages = record_encoded_images(monkeypatch), []
+    train(make_recipe(**options), tmp_path / "run", quiet=True, report=messages.append)
+    assert len(encoded_images) == num_encoded
+    expected = f"caching the features of 9 images (0.0 MiB) in {tmp_path}/cache/features; set train.feature_cache_dir"
+    assert [message.startswith(expected) for message in messages] == ([True] if num_encoded == 10 else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("missing_bytes", "num_encoded"), [(0, 10), (1, 21)])
+def test_automatic_feature_cache_takes_at_most_a_quarter_of_the_free_disk_space(
+    make_recipe, tmp_path, monkeypatch, missing_bytes, num_encoded
+):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "cache"))
+    free_bytes = 4 * 9 * 32 * 8 * 8 * 2 - missing_bytes  # 9 images with float16 features of 32 x 8 x 8
+    monkeypatch.setattr("sca.training.feature_cache._count_free_bytes", lambda folder: free_bytes)
+    encoded_images = record_encoded_images(monkeypatch)
+    train(make_recipe(steps=10), tmp_path / "run", quiet=True)
+    assert len(encoded_images) == num_encoded
+
+
+def test_recipe_rejects_empty_feature_cache_dir(make_recipe):
+    with pytest.raises(RegistryError, match="feature_cache_dir is empty; use a folder"):
+        make_recipe(feature_cache_dir="")
+
+
+@pytest.mark.slow
 def test_feature_cache_encodes_only_sampled_images(make_recipe, tmp_path, monkeypatch):
     encoded_images = record_encoded_images(monkeypatch)
     train(make_recipe(steps=2, feature_cache_dir=str(tmp_path / "kept")), tmp_path / "run", quiet=True)
