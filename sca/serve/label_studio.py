@@ -32,13 +32,15 @@ from sca.output.captioned_image import ImageSize
 from sca.output.jsonl import caption_to_record, replace_non_finite
 from sca.output.label_studio import make_results
 from sca.output.labeling_interface import LabelingInterface, parse_labeling_interface
-from sca.serve.errors import ApiError
-from sca.serve.inference_requests import DeadlineExceededError
+from sca.serve.errors import ApiError, to_api_error
+from sca.serve.inference_requests import DeadlineExceededError, SchedulerError
 from sca.serve.schema import CaptionRequest, RegionPrompt, add_body_schema
 from sca.serve.service import ERROR_RESPONSES, JSON_MEDIA_TYPE, CaptionService
 from sca.serve.task_images import TaskImageReader
 
 MAX_TASKS = 1000  # tasks per request
+NO_PREDICTION = b"[]"  # in the results, for a task that failed
+TASK_ERROR_STATUSES = (413, 422)  # of errors that concern one task; others fail the request
 MASK_CODEC_BYTES_PER_PIXEL = 6  # peak memory while a brush or bitmask is decoded, or a mask is encoded as a brush
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -149,6 +151,9 @@ class TaskPredictor:
     async def predict(self, tasks: Sequence[Mapping[str, Any]]) -> list[bytes]:
         """Predict the regions of tasks.
 
+        A task that fails has an empty list instead of a prediction, and is logged. Label Studio then stores no
+        prediction of this task, and those of the others; see https://github.com/HumanSignal/label-studio/pull/5982.
+
         Args:
             tasks: Tasks of Label Studio.
 
@@ -156,18 +161,20 @@ class TaskPredictor:
             The predictions as JSON, with commas between them.
 
         Raises:
-            ApiError: An image cannot be read, the request is not supported (422), or it is too large (413).
+            ApiError: All tasks fail, such as because of an image that cannot be read (422) or is too large (413).
             ClientDisconnect: The client has disconnected.
             DeadlineExceededError: The deadline of the request has passed.
-            InputError: The shapes of a task are invalid, or have no control.
+            InputError: All tasks fail because their shapes are invalid, or have no control.
             MemoryBudgetError: There is not enough memory.
         """
         tasks_with_shapes = [self._list_shapes(task, number) for number, task in enumerate(tasks)]
         self._check_counts([each.results for each in tasks_with_shapes])
         predictions: list[bytes] = []
+        failures: list[Exception] = []
         for number, task_shapes in enumerate(tasks_with_shapes):
             if await self.request.is_disconnected():
                 raise ClientDisconnect
+            kept_bytes = self.request.state.lease.leased_bytes
             try:
                 predictions += [b",", *await self._predict_task(task_shapes)]
             except DeadlineExceededError:
@@ -175,6 +182,15 @@ class TaskPredictor:
                     f"{number} of {format_count(len(tasks), 'task')} completed within {self.service.limits.timeout:g} "
                     "s; send fewer tasks per request, or increase --timeout"
                 ) from None
+            except (ApiError, InputError, SchedulerError) as error:
+                if to_api_error(error).status not in TASK_ERROR_STATUSES:
+                    raise
+                self.request.state.lease.resize(kept_bytes)
+                predictions += [b",", NO_PREDICTION]
+                failures.append(error)
+                log.warning("sca: %s has no prediction: %s", task_shapes.location, error)
+        if len(failures) == len(tasks):
+            raise failures[0]
         return predictions[1:]
 
     def _list_shapes(self, task: Mapping[str, Any], number: int) -> _TaskShapes:

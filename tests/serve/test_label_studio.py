@@ -282,6 +282,45 @@ def test_backend_skips_invalid_regions_of_a_task(make_backend, scene, data_url, 
     assert "invalid region: 2 (first: task 0, region 'b': cannot read" in caplog.text
 
 
+def test_backend_predicts_the_other_tasks_of_a_task_that_fails(make_backend, scene, data_url, caplog):
+    size, client = scene.image.size, make_backend()
+    box = make_box_result(size, "r", (4, 5, 60, 70))
+    failing_tasks = {
+        "data has no image 'photo'": {"id": 1, "data": {}},
+        "the image of task 2": make_task("data:image/png;base64,AAAA", id=2),
+        "http://other.example/a.png is not downloaded": make_task("http://other.example/a.png", id=3),
+        "no shape can be used": make_task(data_url, make_brush_of_another_size(), id=4),
+    }
+    valid_task = make_task(data_url, box, id=5)
+    response = predict(client, *failing_tasks.values(), valid_task)
+    assert response.status_code == 200, response.text
+    *failed, prediction = response.json()["results"]
+    assert failed == [[]] * len(failing_tasks)
+    assert prediction["result"]
+    assert len(read_predicted_regions(prediction, size)) == 1
+    messages = [record.getMessage() for record in caplog.records if "has no prediction" in record.getMessage()]
+    for number, (message, expected) in enumerate(zip(messages, failing_tasks, strict=True), 1):
+        assert message.startswith(f"sca: task {number} has no prediction: ")
+        assert expected in message
+    status, message = read_error(predict(client, *failing_tasks.values()))
+    assert (status, message) == (422, "task 1: data has no image 'photo'; add its URL")
+
+
+def test_backend_releases_the_memory_of_a_task_that_fails(make_backend, scene, data_url):
+    leased_bytes = []
+
+    class RecordingReader(TaskImageReader):
+        async def read(self, source, location, seconds, lease):
+            leased_bytes.append(lease.leased_bytes)
+            return await super().read(source, location, seconds, lease)
+
+    failing_task = make_task(data_url, make_brush_of_another_size())
+    valid_task = make_task(data_url, make_box_result(scene.image.size, "r", (4, 5, 60, 70)))
+    response = predict(make_backend(task_images=RecordingReader()), failing_task, valid_task)
+    assert response.status_code == 200, response.text
+    assert leased_bytes[0] == leased_bytes[1]
+
+
 @pytest.mark.parametrize("is_point", [False, True])
 def test_backend_rejects_smart_tools_on_a_rotated_image(make_backend, scene, data_url, is_point):
     size = scene.image.size
