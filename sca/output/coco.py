@@ -20,6 +20,7 @@ from sca.io.validation import is_int64, read_field, read_id, read_image_name, re
 from sca.output.captioned_image import CaptionedImage, ImageOrSize, ImageSize
 from sca.output.image_files import close_document
 from sca.output.jsonl import caption_to_record
+from sca.output.omitted_regions import OmittedRegions
 from sca.output.records import REGION_LABEL, annotation_to_caption
 
 
@@ -31,11 +32,12 @@ class CocoWriter:
     "region"; each further name is a category.
 
     A region without a mask has its box as a polygon, as in pycocotools results that are boxes. Its `isbox` is 1, so
-    that readers do not treat it as a mask. A region with neither has an empty `bbox` and no polygon.
+    that readers do not treat it as a mask. A region with neither is omitted with a warning.
     """
 
     def __init__(self, path: Path, model: str | None = None):
         self._file = AtomicFile(path)
+        self._omitted = OmittedRegions("COCO annotations", "a mask or a box")
         self._images: list[dict[str, Any]] = []
         self._num_annotations = 0
         self._category_ids = {REGION_LABEL: 1}
@@ -44,8 +46,10 @@ class CocoWriter:
 
     def add(self, path: str, image: ImageOrSize, captions: Sequence[Caption]) -> None:
         image_id = len(self._images) + 1
+        located = [caption for caption in captions if caption.mask or caption.box]
+        self._omitted.add(path, len(captions) - len(located))
         lines = []
-        for annotation_id, caption in enumerate(captions, self._num_annotations + 1):
+        for annotation_id, caption in enumerate(located, self._num_annotations + 1):
             category_id = self._category_ids.setdefault(caption.name or REGION_LABEL, len(self._category_ids) + 1)
             ids = {"id": annotation_id, "image_id": image_id, "category_id": category_id}
             lines.append(json.dumps({**ids, **_make_annotation(path, image, caption)}, allow_nan=False))
@@ -56,6 +60,7 @@ class CocoWriter:
 
     def close(self, finished: bool = True) -> None:
         """Finish the file with the completed images. An unfinished run leaves an older file unchanged."""
+        self._omitted.log_total()
         categories = [{"id": number, "name": name, "supercategory": ""} for name, number in self._category_ids.items()]
         end = f'],\n"images": {json.dumps(self._images)},\n"categories": {json.dumps(categories)}}}\n'
         close_document(self._file, end, bool(self._images), finished)
@@ -66,13 +71,13 @@ def _make_annotation(path: str, image: ImageOrSize, caption: Caption) -> dict[st
     mask, box = caption_record["mask"], caption_record["box"]
     if box is None and mask:
         box = masks.mask_to_box(mask)
-    x1, y1, x2, y2 = box or (0.0, 0.0, 0.0, 0.0)
+    x1, y1, x2, y2 = box or (0.0, 0.0, 0.0, 0.0)  # of an empty mask
     return {
         "bbox": [x1, y1, x2 - x1, y2 - y1],
         "area": masks.compute_mask_area(mask) if mask else (x2 - x1) * (y2 - y1),
-        "segmentation": mask or ([[x1, y1, x2, y1, x2, y2, x1, y2]] if box else []),
+        "segmentation": mask or [[x1, y1, x2, y1, x2, y2, x1, y2]],
         "iscrowd": 0,
-        "isbox": int(bool(box and not mask)),
+        "isbox": int(not mask),
         "caption": caption_record["caption"],
         "score": caption_record["score"],
         "region_id": caption_record["region_id"],

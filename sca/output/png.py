@@ -141,12 +141,12 @@ def _draw_labels(
 def _get_region_box(
     caption: Caption, scale: int, radius: int, canvas_size: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Return the rectangle of a caption's region on the canvas."""
+    """Return the rectangle of a caption's region on the canvas: the whole canvas for one without coordinates."""
     if caption.box is not None:
         return _scale_box(caption.box, scale, canvas_size)
     if caption.prompt.points:
         return _get_box_around_point(caption.prompt.points[0], scale, radius)
-    return 0, 0, 0, 0
+    return 0, 0, *canvas_size
 
 
 def _get_box_around_point(point: tuple[float, float, int], scale: int, radius: int) -> tuple[int, int, int, int]:

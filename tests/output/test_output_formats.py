@@ -47,6 +47,8 @@ def test_read_captions_reads_every_readable_format(output_paths, captions, forma
         {"b/é.png"} if format_name in ("coco", "label-studio", "labelme") else set()
     )
     assert captioned_images["a.png"].size == (40, 30)
+    if format_name == "coco":  # has no points
+        captions = [caption for caption in captions if caption.mask or caption.box]
     for caption, expected in zip(captioned_images["a.png"].captions, captions, strict=True):
         assert caption.text == expected.text
         assert caption.mask == expected.mask

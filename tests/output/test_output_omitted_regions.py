@@ -4,7 +4,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from sca_registry.contracts import Caption, Prompt
 
 from sca.io.errors import InputError
@@ -12,6 +12,7 @@ from sca.output.formats import MultiFormatWriter
 from sca.output.jsonl import caption_to_record
 from sca.output.label_studio import make_results
 from sca.output.labeling_interface import Control, LabelingInterface
+from sca.output.png import draw_captions
 from sca.output.reader import read_captions
 
 BOX = (1.5, 2.0, 10.0, 12.25)
@@ -54,14 +55,41 @@ def test_writer_omits_regions_without_coordinates_and_warns_once_with_their_numb
     assert [record.getMessage() for record in caplog.records] == [text]
 
 
-def test_yolo_writer_warns_once_with_the_number_of_regions_without_a_box_of_all_images(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("format_name", "omitted"),
+    [
+        ("coco", "COCO annotations omit 3 regions without a mask or a box"),
+        ("yolo", "YOLO labels omit 3 regions without a box"),
+    ],
+)
+def test_writer_warns_once_with_the_number_of_regions_without_a_box_of_all_images(
+    tmp_path, caplog, format_name, omitted
+):
     for folder in ("first", "second"):
-        with MultiFormatWriter(tmp_path / folder, ("yolo",)) as writers:
+        with MultiFormatWriter(tmp_path / folder, (format_name,)) as writers:
             for stem, captions in (("a", CAPTIONS[:1]), ("b", [POINT_CAPTION, UNLOCATED]), ("c", [POINT_CAPTION])):
                 writers.add(f"{stem}.png", Image.new("RGB", (40, 30)), captions)
-        text = "YOLO labels omit 3 regions without a box; the first is in b.png"
+        text = f"{omitted}; the first is in b.png"
         assert [record.getMessage() for record in caplog.records] == [text]
         caplog.clear()
+
+
+def test_coco_annotations_without_omitted_regions_are_numbered_from_1(tmp_path):
+    content = json.loads(write_images(tmp_path, "coco").read_text())
+    assert [each["id"] for each in content["annotations"]] == [1, 2, 3]
+    assert [each["caption"] for each in content["annotations"]] == ["a box"] * 3
+    assert [each["name"] for each in content["categories"]] == ["region"]
+    assert len(content["images"]) == 3
+
+
+def test_drawn_captions_without_coordinates_are_not_connected_with_a_corner(monkeypatch):
+    lines = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "line", lambda self, ends, **options: lines.append(ends))
+    image = Image.new("RGB", (600, 400))
+    draw_captions(image, [UNLOCATED] * 12)
+    assert lines == []
+    draw_captions(image, [POINT_CAPTION] * 12)
+    assert lines
 
 
 def test_geojson_writer_keeps_regions_without_coordinates(tmp_path, caplog):
