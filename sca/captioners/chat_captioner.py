@@ -44,10 +44,8 @@ GENERATION = {"max_new_tokens": 64, "num_beams": 1}
 MAX_COMPLETION_TOKENS = "max_completion_tokens"  # the field that replaces `max_tokens` for some models of OpenAI
 MIN_SIDE, MAX_SIDE = 16, 16_384  # pixels of the longer side of an image that is sent
 RESERVED_FIELDS = ("model", "messages", "stream", "n")  # of a request
-SERVER_COORDINATES, SERVER_QUESTIONS = (
-    "sca",
-    (REGION_PLACEHOLDER, REGION_PLACEHOLDER),
-)  # `sca serve` has a field for the task
+SERVER_COORDINATES = "sca"  # format of the chat route of `sca serve`
+SERVER_QUESTIONS = (REGION_PLACEHOLDER, REGION_PLACEHOLDER)  # its requests have a field for the task
 
 
 class ChatCaptioner(RegionCaptioner):

@@ -14,7 +14,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ FIRST_DELAY, MAX_DELAY = 0.5, 30.0  # minimum seconds before the first and any l
 MAX_RETRY_AFTER = 120.0  # seconds; a server that requires a longer wait is not retried
 RETRIED_STATUS_CODES = (408, 409, 425, 429)  # and all from 500
 MAX_KEY_BYTES = 4096
+MIN_SECRET_LENGTH = 16  # characters; shorter keys, such as "none", are not secret and occur in other texts
 MAX_CONCURRENCY = 1024
 Result = TypeVar("Result")
 
@@ -192,10 +193,12 @@ class ChatClient:
         return completion
 
     async def _request_text(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> ChatCompletion:
-        return _parse_completion(await self._send_request(client, "POST", "chat/completions", body))
+        completion = _parse_completion(await self._send_request(client, "POST", "chat/completions", body))
+        return replace(completion, text=self._mask_key(completion.text))
 
     async def _request_model_names(self, client: httpx2.AsyncClient) -> list[str]:
-        return _parse_model_names(await self._send_request(client, "GET", "models"))
+        names = _parse_model_names(await self._send_request(client, "GET", "models"))
+        return [self._mask_key(name) for name in names]
 
     def _locate_cached(self, body: Mapping[str, Any]) -> Path | None:
         if self.cache_folder is None:
@@ -274,9 +277,13 @@ class ChatClient:
 
     def _clean_message(self, message: str) -> str:
         """Return a message of a server in one printable line, shortened and without the key."""
-        text = " ".join((message.replace(self._key, "***") if self._key else message).split())
+        text = " ".join(self._mask_key(message).split())
         text = "".join(character if character.isprintable() else "?" for character in text)
         return text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[:MAX_MESSAGE_LENGTH]}..."
+
+    def _mask_key(self, text: str) -> str:
+        """Return a text of a server without the key, which a server for debugging may repeat."""
+        return text.replace(self._key, "***") if len(self._key) >= MIN_SECRET_LENGTH else text
 
 
 def normalize_url(url: str) -> str:

@@ -174,6 +174,20 @@ def test_key_is_sent_to_the_server_and_occurs_nowhere_else(image, prompts, monke
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
+def test_key_that_a_server_repeats_is_in_no_caption_or_file(image, prompts, monkeypatch, tmp_path):
+    def repeat_key(handler):
+        handler.send_json(make_completion(f"a dog for {handler.headers['Authorization']}"))
+
+    for key, text in ((KEY, "a dog for Bearer ***"), ("dog", "a dog for Bearer dog")):  # the second is no secret
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with run_chat_server(lambda text, number: repeat_key) as server:
+            server.model_names = [f"model {key}"]
+            captioner = sca.load_captioner(f"openai url={server.url}")
+            assert get_texts(captioner.caption(image, prompts[:1])) == [text]
+            assert KEY not in repr(captioner.metadata)
+    assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
 def echo_key(handler):
     key = handler.headers["Authorization"].removeprefix("Bearer ")
     handler.send_json({"error": {"message": f"incorrect key {key}"}}, 401)
