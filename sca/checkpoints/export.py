@@ -15,18 +15,13 @@ from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
 
 from sca.builder import build
-from sca.checkpoints.published import (
-    FIXED_CONFIG,
-    MIXER_BY_ARCHITECTURE,
-    NAME_PREFIXES,
-    SPECIAL_TOKEN_FIELDS,
-    TRAINED_OPTIONS,
-)
+from sca.checkpoints.published import FIXED_CONFIG, MIXER_BY_ARCHITECTURE, NAME_PREFIXES, TRAINED_OPTIONS
 from sca.checkpoints.tensors import list_stored_tensors
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.io.hub import silence_transformers
 from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
+from sca.language_models.causal import SPECIAL_TOKEN_FIELDS
 from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca.model import SegmentCaptioner
 from sca.precision import check_has_float_weights

@@ -29,11 +29,11 @@ from sca.checkpoints.pam_names import (
     convert_to_pam_name,
 )
 from sca.checkpoints.pam_sizes import IMAGE_SIZE
-from sca.checkpoints.published import SPECIAL_TOKEN_FIELDS
 from sca.encoders.sam2 import Sam2Encoder
 from sca.io.atomic import write_folder
 from sca.io.errors import InputError
 from sca.io.weight_files import SAFETENSORS_FILE
+from sca.language_models.causal import SPECIAL_TOKEN_FIELDS
 from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
 from sca.mixers.semantic_perceiver import SemanticPerceiverMixer
 from sca.model import SegmentCaptioner

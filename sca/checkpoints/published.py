@@ -28,7 +28,7 @@ from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder
 from sca.io.json import read_json
 from sca.io.weight_files import find_weight_files, has_tokenizer, read_tensors, require_weight_files
-from sca.language_models.causal import CausalLanguageModel, TextTokenizer
+from sca.language_models.causal import SPECIAL_TOKEN_FIELDS, CausalLanguageModel, TextTokenizer
 from sca.language_models.hf import load_tokenizer
 from sca.language_models.phi import split_fused_attention
 from sca.model import SegmentCaptioner
@@ -49,7 +49,6 @@ IGNORED_CONFIG_FIELDS = {  # fields that do not affect the model
     *("transformers_version", "_name_or_path", "architectures", "dtype", "initializer_range"),
     *("id2label", "label2id", "model_type"),
 }
-SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NAME_PREFIXES = (  # prefix of an original SCA tensor name, and of the native one
     ("vision_encoder.", "encoder.vision."),
     ("shared_image_embedding.", "segmenter.prompt_encoder.shared_embedding."),
