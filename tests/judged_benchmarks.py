@@ -83,7 +83,7 @@ def write_paradlc_bench(root: Path, num_images=2):
 
 
 def write_gar_bench(root: Path):
-    """Write two questions of GAR-Bench about one and two masks."""
+    """Write two questions of GAR-Bench about one and two masks, and a request of each kind for a caption."""
     write_images(root / "images", 2)
     masks = [make_mask(4, 4, 20, 16), make_mask(24, 8, 40, 28)]
     questions = [
@@ -104,7 +104,16 @@ def write_gar_bench(root: Path):
             "type": "relation",
         },
     ]
-    (root / "GAR-Bench-VQA.json").write_text(json.dumps(questions, indent=4))
+    simple = {
+        "image": "images/0.png",
+        "mask_rles": masks,
+        "question": "What is the relation of <Prompt0> and <Prompt1>?",
+        "answer": "left of",
+    }
+    names = {"subject_name": "car", "predicate_name": "in front of", "object_name": "house"}
+    detailed = {"image": "images/1.png", "mask_rles": masks, **names}
+    for part, records in (("VQA", questions), ("Caption-Simple", [simple]), ("Caption-Detailed", [detailed])):
+        (root / f"GAR-Bench-{part}.json").write_text(json.dumps(records, indent=4))
     return root
 
 

@@ -1,4 +1,4 @@
-"""Questions of GAR-Bench (Grasp Any Region, arXiv 2510.18876): multiple-choice questions about masks of an image."""
+"""Questions of GAR-Bench (Grasp Any Region, arXiv 2510.18876): multiple-choice questions, and requests for captions."""
 
 from __future__ import annotations
 
@@ -17,40 +17,55 @@ from sca.data.record_parsing import check_benchmark_split, read_dataset_json
 from sca.data.table import TableDataset
 from sca.io.errors import InputError
 from sca.io.paths import expand_user
-from sca.io.validation import check_list, check_type, read_field, read_image_name
+from sca.io.validation import check_choice, check_list, check_type, read_field, read_image_name
 
 SPLIT = "test"
-FILE_NAME = "GAR-Bench-VQA.json"
+FILE_NAMES = {  # by part of the benchmark
+    "vqa": "GAR-Bench-VQA.json",
+    "simple": "GAR-Bench-Caption-Simple.json",
+    "detailed": "GAR-Bench-Caption-Detailed.json",
+}
 REFERENCE_PATTERN = re.compile(r"<Prompt(\d{1,3})>")  # reference to a mask, counted from 0
 INSTRUCTION = "Respond with the letter of the correct option."
+DETAILED_REQUEST = "Describe <Prompt0> in detail, including the relationship with <Prompt1>."
 
 
 class GarBenchQuestions(TableDataset):
     """Questions of GAR-Bench: a JSON list of questions, each about one or several masks of an image.
 
+    Records of the parts "vqa", "simple" and "detailed":
+
         {"image": "images/vqa_0.png", "mask_rles": [{"size": [480, 640], "counts": "..."}, ...],
          "question": "What is the relationship between <Prompt0> and <Prompt1>?",
          "choices": ["A. <Prompt0> is behind <Prompt1>", ...], "answer": "A", "type": "relation"}
+        {"image": "...", "mask_rles": [...], "question": "...", "answer": "..."}
+        {"image": "...", "mask_rles": [...], "subject_name": "dog", "predicate_name": "chasing", "object_name": "cat"}
 
-    Every question is a sample of its own, whose regions are the masks in order. The text of the question contains the
-    options and references such as "<region 1>"; its answer is a letter and its kind the type. The layout is that of
-    `evaluation/GAR-Bench` in https://github.com/Haochen-Wang409/Grasp-Any-Region. See `TableDataset`.
+    Every question is a sample of its own, whose regions are the masks in order. Its text contains references such as
+    "<region 1>", and the options in the part "vqa", whose answer is a letter. The question of the part "detailed" is
+    the request of its authors, and the answer the subject, the predicate and the object. The kind is the type, or the
+    name of the part. The layout is that of `evaluation/GAR-Bench` in
+    https://github.com/Haochen-Wang409/Grasp-Any-Region. See `TableDataset`.
 
     Args:
         split: "test".
-        root: Folder with `GAR-Bench-VQA.json` and the images, or with the folder `annotations` that contains them.
+        root: Folder with the file of the part and the images, or with the folder `annotations` that contains them.
+        part: "vqa", multiple-choice questions; "simple", captions of relations; or "detailed", detailed captions.
         max_bad_records: Maximum number of unusable records of each kind: a benchmark is complete by default.
     """
 
     reader = "gar-bench-questions"
 
-    def __init__(self, split: str, root: str | Path, max_bad_records: int = 0):
+    def __init__(self, split: str, root: str | Path, part: str = "vqa", max_bad_records: int = 0):
         check_benchmark_split(split, SPLIT)
+        check_choice("part", part, FILE_NAMES)
+        self.part = part
+        file_name = FILE_NAMES[part]
         folders = [expand_user(root), expand_user(root) / "annotations"]
-        folder = next((each for each in folders if (each / FILE_NAME).is_file()), None)
+        folder = next((each for each in folders if (each / file_name).is_file()), None)
         if folder is None:
-            raise InputError(f"no {FILE_NAME} in {' or '.join(map(str, folders))}; set root=FOLDER")
-        self.file: Path = folder / FILE_NAME
+            raise InputError(f"no {file_name} in {' or '.join(map(str, folders))}; set root=FOLDER")
+        self.file: Path = folder / file_name
         super().__init__(split, folder, [self.file], max_bad_records)
 
     def _iter_entries(self, bar: tqdm[Any]) -> Iterator[Any]:
@@ -68,7 +83,7 @@ class GarBenchQuestions(TableDataset):
             raise InputError(f"{location}: mask_rles is empty; remove the question")
         height, width = _read_mask_size(masks[0], location)
         row = self._create_row(index, read_image_name(record, "image", location), width, height)
-        question = _parse_question(record, len(masks), location)
+        question = _parse_question(record, self.part, len(masks), location)
         for number, mask in enumerate(masks):
             place = f"{location}: mask_rles[{number}]"
             annotation = read_region_annotation({"segmentation": mask}, place, row, self._skip)
@@ -86,15 +101,24 @@ def _read_mask_size(mask: Any, location: str) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _parse_question(record: dict[str, Any], num_masks: int, location: str) -> Question:
+def _parse_question(record: dict[str, Any], part: str, num_masks: int, location: str) -> Question:
     """Return a question whose references are those of this package. Raises InputError for an invalid one."""
-    choices = read_field(record, "choices", list, location)
-    check_list(f"{location}, 'choices'", choices, str, minimum=2)
-    text = " ".join((read_field(record, "question", str, location), "Options:", *choices, INSTRUCTION))
-    return make_question(
-        REFERENCE_PATTERN.sub(lambda match: f"<region {int(match[1]) + 1}>", text),
-        read_field(record, "answer", str, location),
-        range(num_masks),
-        location,
-        read_field(record, "type", str, location),
-    )
+
+    def read_text(field: str) -> str:
+        return read_field(record, field, str, location)
+
+    match part:
+        case "vqa":
+            choices = read_field(record, "choices", list, location)
+            check_list(f"{location}, 'choices'", choices, str, minimum=2)
+            text = " ".join((read_text("question"), "Options:", *choices, INSTRUCTION))
+            answer, kind = read_text("answer"), read_text("type")
+        case "simple":
+            text, answer, kind = read_text("question"), read_text("answer"), part
+        case _:
+            relation = [read_text(f"{field}_name").strip() for field in ("subject", "predicate", "object")]
+            if not all(relation):
+                raise InputError(f"{location}: the subject, predicate or object is empty; remove the record")
+            text, answer, kind = DETAILED_REQUEST, " ".join(relation), part
+    text = REFERENCE_PATTERN.sub(lambda match: f"<region {int(match[1]) + 1}>", text)
+    return make_question(text, answer, range(num_masks), location, kind)

@@ -70,7 +70,9 @@ DATASETS_FROM_FILES = (
     *("dlc-bench-regions", "gar-bench-questions", "osprey-names", "ref-l4", "glamm-regions"),
     "lmms-eval-regions",
 )
-METRICS_FROM_FILES = ("clip-score", "judge", "name-similarity", "noun-recall", "semantic", "spice", "verb-recall")
+METRICS_FROM_FILES = (
+    *("clip-score", "judge", "judged-answers", "name-similarity", "noun-recall", "semantic", "spice", "verb-recall"),
+)
 COMPONENTS_FROM_FILES = (
     *DATASETS_FROM_FILES,
     *METRICS_FROM_FILES,

@@ -1,10 +1,12 @@
 """Questions of GAR-Bench: regions, references and invalid files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import sca_registry
-from judged_benchmarks import make_mask, write_gar_bench
+from judged_benchmarks import make_mask, write_gar_bench, write_judge
+from sca_registry import RegistryError
 
 import sca
 from sca.data.gar_bench import GarBenchQuestions
@@ -28,6 +30,52 @@ def test_gar_bench_reads_a_question_with_references_to_its_masks(tmp_path):
     )
     assert (question.answer, question.kind, question.region_ids) == ("A", "relation", (0, 1))
     assert first.questions[0].text.count("<region 1>") == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "text", "answer"),
+    [
+        ("simple", "What is the relation of <region 1> and <region 2>?", "left of"),
+        (
+            "detailed",
+            "Describe <region 1> in detail, including the relationship with <region 2>.",
+            "car in front of house",
+        ),
+    ],
+)
+def test_gar_bench_reads_requests_for_captions(tmp_path, part, text, answer):
+    (sample,) = GarBenchQuestions("test", write_gar_bench(tmp_path), part=part)
+    assert len(sample.regions) == 2
+    (question,) = sample.questions
+    assert (question.text, question.answer, question.kind, question.region_ids) == (text, answer, part, (0, 1))
+
+
+def test_gar_bench_rejects_an_unknown_part_and_an_empty_relation(tmp_path):
+    path = write_gar_bench(tmp_path) / "GAR-Bench-Caption-Detailed.json"
+    with pytest.raises(RegistryError, match=r"part is 'caption'.*vqa, simple, detailed"):
+        GarBenchQuestions("test", tmp_path, part="caption")
+    (record,) = json.loads(path.read_text())
+    path.write_text(json.dumps([record | {"predicate_name": " "}]))
+    with pytest.raises(InputError, match="the subject, predicate or object is empty; remove the record"):
+        GarBenchQuestions("test", tmp_path, part="detailed")
+
+
+@pytest.mark.slow
+def test_gar_bench_captions_are_judged(tmp_path, build_small_model):
+    language_model = {"name": "tiny-gpt2", "hidden_size": 32, "depth": 1, "num_heads": 2, "max_positions": 1024}
+    model = build_small_model(questions=True, language_model=language_model)
+    root, judge = write_gar_bench(tmp_path / "gar"), write_judge(tmp_path / "judge")
+    for run in read_protocol("gar-bench-captions").runs:
+        report = sca.evaluate(
+            model,
+            {"name": run.dataset, "root": root, **run.dataset_options},
+            run.split,
+            prompting=replace(run.prompting, generation={"max_new_tokens": 8}),
+            metrics=["judged-answers"],
+            metric_options={"judged-answers.model": f"hf weights={judge}"},
+        )
+        assert report.scores["judged-answers/questions"] == 1
+        assert report.scores["judged-answers/accuracy"] == report.scores[f"judged-answers/{run.name}"]
 
 
 @pytest.mark.slow

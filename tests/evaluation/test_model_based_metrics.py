@@ -191,9 +191,11 @@ def test_clip_score_reloads_images_of_predictions_file(clip_model, make_oracle_c
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-@pytest.mark.parametrize("name", ["clip-score", "judge", "name-similarity", "noun-recall", "semantic"])
+@pytest.mark.parametrize(
+    "name", ["clip-score", "judge", "judged-answers", "name-similarity", "noun-recall", "semantic"]
+)
 def test_metrics_reject_batch_sizes_below_1(name, batch_size):
-    options = {"model": "tiny-gpt2"} if name == "judge" else {}
+    options = {"model": "tiny-gpt2"} if name.startswith("judge") else {}
     with pytest.raises(ValueError, match=f"batch_size is {batch_size}; expected an integer of at least 1"):
         sca_registry.metrics.build(name, batch_size=batch_size, **options)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from sca_registry.contracts import MetricOutput
@@ -25,29 +26,50 @@ class QuestionAccuracy:
     required_fields: tuple[str, ...] = ("task=question",)
 
     def __call__(self, records: Sequence[Record]) -> MetricOutput:
-        scored_records = require_records(records, self.required_fields, "questions")
-        rows = [
-            (record, question, answer)
-            for record in scored_records
-            for question, answer in zip(record["truth"]["questions"], record["answers"], strict=True)
-        ]
-        is_correct = np.array(
-            [
-                _normalize_answer(answer["text"]) == _normalize_answer(question["answer"])
-                for _, question, answer in rows
-            ],
-            dtype=float,
-        )
-        kinds = np.array([question["kind"] for _, question, _ in rows])
-        per_record = {"questions/accuracy": is_correct}
-        for kind in np.unique(kinds):
-            label = f'"{kind}"' if kind in SUMMARY_NAMES else kind
-            per_record[f"questions/{label}"] = np.where(kinds == kind, is_correct, np.nan)
-        values: dict[str, float] = {name: float(np.nanmean(column)) for name, column in per_record.items()}
-        return MetricOutput(
-            {**values, "questions/questions": len(rows)},
-            per_record | collect_region_ids([record for record, *_ in rows]),
-        )
+        answers = list_answers(require_records(records, self.required_fields, "questions"))
+        is_correct = [_normalize_answer(each.text) == _normalize_answer(each.question["answer"]) for each in answers]
+        return make_question_output("questions", answers, is_correct)
+
+
+class QuestionAnswer(NamedTuple):
+    """Answer to a question about a region."""
+
+    record: Record  # of the region
+    question: Mapping[str, str]  # text, kind and correct answer
+    text: str
+
+
+def list_answers(records: Sequence[Record]) -> list[QuestionAnswer]:
+    """Return the answers of records of the task "question", in order."""
+    return [
+        QuestionAnswer(record, question, answer["text"])
+        for record in records
+        for question, answer in zip(record["truth"]["questions"], record["answers"], strict=True)
+    ]
+
+
+def make_question_output(prefix: str, answers: Sequence[QuestionAnswer], is_correct: Sequence[bool]) -> MetricOutput:
+    """Build the output of a metric of answers.
+
+    Args:
+        prefix: Prefix of the scores.
+        answers: A answers.
+        is_correct: Whether each answer is correct.
+
+    Returns:
+        The fraction of correct answers, in total and by kind of question, and the number of questions.
+    """
+    column = np.array(is_correct, dtype=float)
+    kinds = np.array([each.question["kind"] for each in answers])
+    per_record = {f"{prefix}/accuracy": column}
+    for kind in np.unique(kinds):
+        label = f'"{kind}"' if kind in SUMMARY_NAMES else kind
+        per_record[f"{prefix}/{label}"] = np.where(kinds == kind, column, np.nan)
+    values: dict[str, float] = {name: float(np.nanmean(each)) for name, each in per_record.items()}
+    return MetricOutput(
+        {**values, f"{prefix}/questions": len(answers)},
+        per_record | collect_region_ids([each.record for each in answers]),
+    )
 
 
 def _normalize_answer(text: str) -> str:
