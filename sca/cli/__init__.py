@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -24,7 +25,7 @@ from sca.cli.options import PanelCommand, print_line, print_stderr
 from sca.cli.plugin_commands import EVALUATION_PANEL, CommandGroup, find_plugin_commands
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
-from sca.io.text import describe_error
+from sca.io.text import describe_error, escape_terminal
 from sca.torchvision_fix import find_torchvision_error
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ COMMAND_NAMES: frozenset[str] = frozenset(name for commands in COMMANDS.values()
 COMPLETION_VARIABLE = "_SCA_COMPLETE"  # set by the shell that requests completions
 # Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
 HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")
+FORMAT_WARNING = warnings.formatwarning
 UsageError: Any = typer.BadParameter.__base__
 OPTION_HINTS = {  # options of transformers, peft and SAM -> what to use here
     "--num-return-sequences": "Use --num-captions.",
@@ -136,7 +138,17 @@ def main() -> None:
         # characters that the terminal cannot encode are escaped
         cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     keep_freed_memory()
+    warnings.formatwarning = _format_warning
     sys.exit(run_command(sys.argv[1:]))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning for users in one line, like an error; any other, which is for developers, as Python does."""
+    if category is UserWarning and not sys.flags.dev_mode:
+        return f"sca: {escape_terminal(str(message))}\n"
+    return FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -50,6 +50,16 @@ def test_show_model_prints_the_components_and_tasks_of_a_folder(run_sca, pam_fol
     assert facts["tasks"].strip().startswith("recognition, caption, explain, detail, recognition-zh")
 
 
+@pytest.mark.slow
+def test_warning_of_a_checkpoint_is_one_line(start_sca, write_image, working_folder):
+    copy_pam_checkpoint(working_folder / "pam")
+    arguments = ("caption", write_image("a.png"), "--box", "4,4,40,40", "--model", "./pam")
+    _, error = start_sca(*arguments).communicate()
+    warning, problem = error.splitlines()
+    assert warning == "sca: pam has no tokenizer, so captions are lists of token ids without text; add tokenizer.json"
+    assert problem.startswith("sca: the language model has no tokenizer")
+
+
 def test_import_adds_a_tokenizer_to_a_checkpoint_of_pam(run_sca, pam_folder, working_folder):
     copy_pam_checkpoint(working_folder / "without")
     with warnings.catch_warnings():
