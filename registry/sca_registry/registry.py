@@ -283,7 +283,8 @@ class Registry(catalogue.Registry):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # third-party code can raise anything
-            if isinstance(error, ValueError | OSError) and (upstream or options):  # the factory rejects its options
+            can_blame_options = bool(upstream or options) or registration.is_builtin
+            if isinstance(error, ValueError | OSError) and can_blame_options:
                 raise RegistryError(f"{self._describe_registration(registration)} cannot be built: {error}") from error
             option_text = ", ".join(f"{option}={value!r}" for option, value in options.items())
             problem = f"cannot be built with {option_text}" if option_text else "cannot be built"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sca.evaluation.judges import Judge, JudgePrompt, build_judge
+from sca.io.errors import InputError
 from sca.io.validation import check_choice
 
 OPTION_ORDERS = {"rotations": "all rotations of the options", "first": "the first order of the options"}
@@ -61,13 +62,13 @@ class MultipleChoiceJudge:
         implementation: Judge and orders of the options; scores are comparable if it is the same.
 
     Raises:
-        ValueError: No judge is specified, or it cannot be built.
+        InputError: No judge is specified, or it cannot be built.
     """
 
     def __init__(self, metric: str, model: str | None, option_orders: str, device: str, batch_size: int):
         check_choice("option_orders", option_orders, OPTION_ORDERS)
         if model is None:
-            raise ValueError(
+            raise InputError(
                 f"needs a judge; set {metric}.model=NAME with an instruction-tuned language model, such as phi-4-mini, "
                 f"or {metric}.model=openai for a server"
             )
