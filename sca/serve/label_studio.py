@@ -151,8 +151,8 @@ class TaskPredictor:
     async def predict(self, tasks: Sequence[Mapping[str, Any]]) -> list[bytes]:
         """Predict the regions of tasks.
 
-        A task that fails has an empty list instead of a prediction, and is logged. Label Studio then stores no
-        prediction of this task, and those of the others; see https://github.com/HumanSignal/label-studio/pull/5982.
+        A task that fails is logged, and has an empty list instead of a prediction. Label Studio then stores the
+        predictions of the other tasks only; see https://github.com/HumanSignal/label-studio/pull/5982.
 
         Args:
             tasks: Tasks of Label Studio.

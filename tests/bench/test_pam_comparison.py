@@ -1,4 +1,4 @@
-"""`sca bench speedup pam`: the captions equal those of a region at a time."""
+"""`sca bench speedup pam`: the captions equal those of a region at a time, in at most a quarter of its time."""
 
 import pytest
 from sca_bench.published_comparison import MEDIUM_PAM_MODEL, ComparisonSettings, compare_pam
@@ -18,15 +18,15 @@ LANGUAGE_CONFIG = {
 
 
 @pytest.mark.slow
-def test_captions_equal_those_of_a_region_at_a_time():
+def test_captions_of_32_regions_equal_those_of_a_region_at_a_time_in_less_time():
     model = {
         **MEDIUM_PAM_MODEL,
         "encoder": {"name": "sam2", "resample": "bicubic", **get_tiny_options("encoder", "sam2")},
         "mixer": {"name": "semantic-perceiver", "num_queries": 5, "mlp_dim": 64},
         "language_model": {"name": "hf", "config": LANGUAGE_CONFIG},
     }
-    settings = ComparisonSettings(regions_per_image=32, num_repeats=1, pam_model=model)
+    settings = ComparisonSettings(regions_per_image=32, num_repeats=3, pam_model=model)
     ((quantity, unit, rate, published_rate, note),) = compare_pam(settings)
     assert (quantity, unit) == ("PAM, captions, including encoding", "regions/s")
     assert "identical: 100.0%" in note
-    assert min(rate, published_rate) > 0
+    assert rate >= 4 * published_rate

@@ -53,7 +53,7 @@ def make_question_output(prefix: str, answers: Sequence[QuestionAnswer], is_corr
 
     Args:
         prefix: Prefix of the scores.
-        answers: A answers.
+        answers: Answers to questions.
         is_correct: Whether each answer is correct.
 
     Returns:
