@@ -127,13 +127,13 @@ class ReferenceRows:
 
     def __init__(self, engine: Engine):
         scenes = Scenes("val", num_images=20)
-        prefixes = [index_true_boxes(engine, scenes[i])._prefix[1:] for i in range(len(scenes))]
+        prefixes = [index_true_boxes(engine, scenes[i]).prefix[1:] for i in range(len(scenes))]
         size = engine.model.encoder.image_format.size
         gray_level = tuple(round(255 * mean) for mean in engine.model.encoder.image_format.mean)
         gray_image = Image.new("RGB", (size, size), gray_level)
         gray = index_regions(engine, engine.encode([gray_image]), [[Prompt(box=(0, 0, size, size))]])
         mean_region = torch.cat(prefixes).mean(0, keepdim=True)
-        self.index = RegionIndex(engine.model, torch.cat((mean_region, gray._prefix[1:])))
+        self.index = RegionIndex(engine.model, torch.cat((mean_region, gray.prefix[1:])))
 
     def compute_readings(
         self, index: RegionIndex, texts: Sequence[str]
@@ -196,7 +196,7 @@ def measure_scores(
             continue
         whole, best = references.compute_readings(index, [each.text for each in scene_texts])
         for each, *likelihoods in zip(scene_texts, whole, best, strict=True):
-            num_tokens = len(encode_text(index._model, each.text))
+            num_tokens = len(encode_text(index.model, each.text))
             for name, method in METHODS.items():
                 scores = method(*likelihoods, num_tokens)
                 is_right = each.target is not None and true_regions[int(scores.argmax())] == each.target
