@@ -38,6 +38,7 @@ from sca.inference.zoom_options import resolve_zoom
 from sca.io.errors import InputError
 from sca.io.images import format_path, open_image
 from sca.io.text import format_count
+from sca.io.validation import check_type
 from sca.output.captioned_image import CaptionedImage, ImageSize, resize_to_recorded
 
 UNUSABLE_IMAGE, UNUSABLE_PROMPTS = "image", "prompts"  # kinds of failure
@@ -229,11 +230,12 @@ class BatchFinder(BatchCaptioner):
         threshold: Minimum score.
 
     Raises:
-        ValueError: The captioner cannot score a text, or does not support everything mode. Loading a model raises the
-            errors of `sca.load_captioner`.
+        ValueError: The threshold is not finite, or the captioner cannot score a text or does not support everything
+            mode. Loading a model raises the errors of `sca.load_captioner`.
     """
 
     def __init__(self, job: CaptionJob, region_source: RegionSource, text: str, top: int, threshold: float):
+        check_type("threshold", threshold, float)
         super().__init__(job, region_source)
         self._text_engine: Engine = check_can_find(self.captioner, job.model)
         check_text(self._text_engine, text)

@@ -36,6 +36,7 @@ from sca.inference.engine import EncodedImages, Engine, MaskEngine, PredictedMas
 from sca.inference.region_search import find_everything, select_region_proposals
 from sca.io.errors import InputError
 from sca.io.masks import mask_to_box
+from sca.io.validation import check_encodable
 from sca.language_models.token_usage import get_eos_token_ids
 from sca.model import SegmentCaptioner, check_finite_scores, count_rows_per_call
 from sca.nn.geometry import WHOLE_IMAGE
@@ -98,7 +99,7 @@ class RegionIndex:
             without an image, and less if it is less likely.
 
         Raises:
-            InputError: A text is empty, or longer than the positions of the language model.
+            InputError: A text is empty, not valid Unicode, or longer than the positions of the language model.
             ValueError: The model returns NaN or infinite values.
         """
         log_likelihoods = self.compute_log_likelihoods(texts, rows)
@@ -118,7 +119,7 @@ class RegionIndex:
             (1 + N, number of texts) log-likelihoods in nats; the first row is without an image.
 
         Raises:
-            InputError: A text is empty, or longer than the positions of the language model.
+            InputError: A text is empty, not valid Unicode, or longer than the positions of the language model.
         """
         encoded_texts = [encode_text(self.model, text) for text in texts]
         longest = max(self._caption_states.shape[1], *map(len, encoded_texts))
@@ -179,12 +180,13 @@ def encode_text(model: SegmentCaptioner, text: str) -> list[int]:
         Token ids without EOS.
 
     Raises:
-        InputError: The text is empty, or longer than the positions of the language model.
+        InputError: The text is empty, not valid Unicode, or longer than the positions of the language model.
     """
     tokenizer = model.language_model.tokenizer
     assert tokenizer is not None  # see `check_can_find`
     if not isinstance(text, str) or not text.strip():
         raise InputError("the text is empty; pass a word or a phrase, such as 'a red circle'")
+    check_encodable("the text", text)
     token_ids = tokenizer.encode(" ".join(text.split()))[:-1]
     max_positions = getattr(model.language_model, "max_positions", None)
     if max_positions is None:
@@ -237,7 +239,7 @@ def check_text(engine: Engine, text: str) -> None:
         text: Text.
 
     Raises:
-        InputError: The text is empty, or longer than the positions of the language model.
+        InputError: The text is empty, not valid Unicode, or longer than the positions of the language model.
     """
     encode_text(engine.model, text)
 

@@ -157,6 +157,8 @@ def test_find_reports_that_nothing_matches(run_sca, photos):
             "--everything and --points-per-side cannot be combined with --prompts; omit one of them",
         ),
         (("a star", "photos", "--proposer", "grid", "--points-per-side", 4), "--proposer replaces the point grid"),
+        (("a \udcff", "photos"), r"the text contains '\udcff', half of a surrogate pair, which is not text; remove it"),
+        (("a star", "photos", "--threshold", "nan"), "threshold is nan; expected a number"),
         (("a star", "photos", "--overwrite"), "--overwrite requires --out; add it, or omit --overwrite"),
     ],
 )

@@ -221,8 +221,10 @@ def test_find_leaves_predictions_unchanged(build_small_model, scene):
         ([], {}, "the text is empty; pass a word or a phrase"),
         (["a star", ""], {}, "the text is empty; pass a word or a phrase"),
         ("a star " * 30, {}, "the text has 60 tokens, but the model reads at most 37; shorten it"),
+        ("a \ud800", {}, "the text contains .*, half of a surrogate pair, which is not text; remove it"),
         ("a star", {"top": 0}, "top is 0"),
         ("a star", {"threshold": "high"}, "threshold is 'high'; expected a number"),
+        ("a star", {"threshold": math.nan}, "threshold is nan; expected a number"),
         ("a star", {"points_per_side": 4}, "regions cannot be combined with proposals or search options; omit one"),
     ],
 )
