@@ -15,6 +15,7 @@ from sca_registry.spec import CAPTION_FROM_CHOICES
 from sca.cli.image_runs import (
     DEFAULT_MODEL,
     FailureReporter,
+    OutOfDistributionImages,
     ProgressBars,
     collect_run_settings,
     find_input_images,
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
     from sca.inference.caption_job import CaptionJob, RegionSource
     from sca.inference.shards import ShardedRun
     from sca.output.captioned_image import ImageOrSize
-
-MAX_OOD_IMAGES = 3  # images that the warning about unlike images names
 
 
 def caption(
@@ -464,35 +463,6 @@ def _caption_shards(
             print_stderr(f"{index} of {len(missing)}: wrote {result.path}")
     if run.missing_names:
         print_stderr(f"{format_count(len(run.missing_names), 'shard')} missing; repeat the command to resume")
-
-
-class OutOfDistributionImages:
-    """Images that are unlike the training images of the model."""
-
-    def __init__(self) -> None:
-        self.num_scored: int = 0
-        self.paths: list[str] = []
-
-    def add(self, path: str, captions: Sequence[Caption]) -> None:
-        """Add an image with its captions."""
-        if captions and (ood_score := captions[0].ood_score) is not None:
-            self.num_scored += 1
-            self.paths += [path] if ood_score > 1 else []
-
-    def summarize(self) -> str:
-        """Return one line with the first images; "" if there are none."""
-        from sca.io.images import format_path
-
-        if not self.paths:
-            return ""
-        names = ", ".join(map(format_path, self.paths[:MAX_OOD_IMAGES]))
-        remaining = f" and {len(self.paths) - MAX_OOD_IMAGES} more" if len(self.paths) > MAX_OOD_IMAGES else ""
-        if self.num_scored == 1:
-            return f"{names} is unlike the training images, so its captions may be wrong"
-        return (
-            f"{len(self.paths)} of {self.num_scored:,} images are unlike the training images, so their captions may be "
-            f"wrong: {names}{remaining}"
-        )
 
 
 class CaptionTable:

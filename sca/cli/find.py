@@ -13,6 +13,7 @@ import typer
 from sca.cli.image_runs import (
     DEFAULT_MODEL,
     FailureReporter,
+    OutOfDistributionImages,
     ProgressBars,
     collect_run_settings,
     find_input_images,
@@ -167,6 +168,11 @@ def find(
         print_stderr(f"no region matches {text!r} with a score of at least {threshold:g}; lower --threshold")
     if not quiet:
         report_domain(model)
+        ood_images = OutOfDistributionImages("matches")
+        for path, caption in {match.path: match.caption for match in matches}.items():
+            ood_images.add(str(path), [caption])
+        if summary := ood_images.summarize():
+            print_stderr(summary)
         if failures.count:
             print_stderr(f"{num_done} of {num_done + failures.count} images searched")
     raise typer.Exit(failures.status)

@@ -13,13 +13,14 @@ from sca.io.text import format_count
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-    from sca_registry.contracts import Captioner
+    from sca_registry.contracts import Caption, Captioner
 
     from sca.inference.batch import CaptionResults, Failure
     from sca.inference.caption_job import RegionSource
 
 DEFAULT_MODEL = "sca-tiny"
 EXIT_STATUSES = {"image": 1, "prompts": 2}  # exit status by the kind of failure
+MAX_OOD_IMAGES = 3  # images that the warning about unlike images names
 UNRECORDED_OPTIONS = (  # options that do not change the results
     *("images", "out", "format", "image_prefix", "resume", "overwrite", "quiet", "batch_size", "launcher"),
     *("shard_size", "trust_remote_code", "allow_external"),
@@ -126,6 +127,40 @@ def report_prompts(region_source: RegionSource, failures: FailureReporter, quiet
             print_stderr(f"{format_path(prompts_file.path)}: {summary}")
     for problem in prompts_file.problems:
         failures.report(problem, status=2)
+
+
+class OutOfDistributionImages:
+    """Images that are unlike the training images of the model.
+
+    Args:
+        results: What is predicted for the images, for the message.
+    """
+
+    def __init__(self, results: str = "captions"):
+        self.results: str = results
+        self.num_scored: int = 0
+        self.paths: list[str] = []
+
+    def add(self, path: str, captions: Sequence[Caption]) -> None:
+        """Add an image with its captions."""
+        if captions and (ood_score := captions[0].ood_score) is not None:
+            self.num_scored += 1
+            self.paths += [path] if ood_score > 1 else []
+
+    def summarize(self) -> str:
+        """Return one line with the first images; "" if there are none."""
+        from sca.io.images import format_path
+
+        if not self.paths:
+            return ""
+        names = ", ".join(map(format_path, self.paths[:MAX_OOD_IMAGES]))
+        remaining = f" and {len(self.paths) - MAX_OOD_IMAGES} more" if len(self.paths) > MAX_OOD_IMAGES else ""
+        if self.num_scored == 1:
+            return f"{names} is unlike the training images, so its {self.results} may be wrong"
+        return (
+            f"{len(self.paths)} of {self.num_scored:,} images are unlike the training images, so their "
+            f"{self.results} may be wrong: {names}{remaining}"
+        )
 
 
 class FailureReporter:

@@ -12,7 +12,7 @@ from PIL import Image
 import sca
 from sca.checkpoints.native import read_weights, save
 from sca.checkpoints.uncertainty import hash_as_float32, write_uncertainty
-from sca.cli.caption import OutOfDistributionImages
+from sca.cli.image_runs import OutOfDistributionImages
 from sca.evaluation.calibration import _FeaturePooling
 from sca.inference.engine import Engine
 from sca.uncertainty import Calibration, Uncertainty, fit_domain
@@ -49,6 +49,18 @@ def test_caption_reports_images_unlike_the_training_images_in_one_line(run_sca, 
     assert noise["confidence"] == pytest.approx(noise["score"], abs=1e-4)
     assert noise["ood_score"] <= 1 < red["ood_score"]
     assert "confidence" not in red
+
+
+def test_find_reports_matches_in_images_unlike_the_training_images(run_sca, calibrated_folder, working_folder):
+    lines = [json.dumps({"image": name, "box": [5, 5, 40, 40]}) for name in ("noise.png", "red.png", "red.png")]
+    (working_folder / "prompts.jsonl").write_text("\n".join(lines))
+    arguments = ("find", "a star", "noise.png", "red.png", "--model", calibrated_folder, "--prompts", "prompts.jsonl")
+    result = run_sca(*arguments, "--threshold=-1000")
+    assert result.status == 0, result.err
+    assert [line for line in result.err if "unlike" in line] == [
+        "sca: 1 of 2 images are unlike the training images, so their matches may be wrong: red.png"
+    ]
+    assert [line for line in run_sca(*arguments, "--threshold", 1).err if "unlike" in line] == []
 
 
 def test_caption_without_calibration_prints_as_before(run_sca, calibrated_folder, working_folder):
