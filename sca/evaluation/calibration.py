@@ -220,6 +220,7 @@ def calibrate_checkpoint(
     """
     check_range("max_training_images", max_training_images, int, MIN_TRAINING_IMAGES)
     check_range("batch_size", batch_size, int, 1)
+    check_range("seed", seed, int)
     if max_images is not None:
         check_range("max_images", max_images, int, 2)
     check_list("prompt_types", prompt_types, str, minimum=1)

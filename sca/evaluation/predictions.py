@@ -118,8 +118,8 @@ class PromptingOptions:
             that has one, such as "detail".
 
     Raises:
-        ValueError: An unknown prompt type, task or control, no task, an invalid value of `zoom`, or an option that has
-            no effect on the task.
+        ValueError: An unknown prompt type, task or control, no task, a negative seed, an invalid value of `zoom`, or an
+            option that has no effect on the task.
     """
 
     prompt_type: str = "box"
@@ -133,6 +133,7 @@ class PromptingOptions:
     def __post_init__(self) -> None:
         check_zoom(self.zoom)
         check_choice("prompt_type", self.prompt_type, PROMPT_TYPES)
+        check_range("seed", self.seed, int)
         is_exclusive = len(self.tasks) == 1 and self.tasks[0] in EXCLUSIVE_TASKS
         for task in () if is_exclusive else self.tasks:
             check_choice("task", task, TASKS)

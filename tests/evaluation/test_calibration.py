@@ -209,6 +209,7 @@ def test_calibrate_checkpoint_replaces_the_uncertainty_of_other_weights(
         ("scenes", {"prompt_types": ()}, r"prompt_types is \(\); expected a list of 1 or more strings"),
         ("scenes", {"prompt_types": "box"}, "prompt_types is 'box'; expected a list"),
         ("scenes", {"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
+        ("scenes", {"seed": -1}, "seed is -1; expected an integer of at least 0"),
         ("scenes", {"max_images": 1}, "max_images is 1; expected an integer of at least 2"),
         ("scenes", {"max_training_images": 19}, "max_training_images is 19; expected an integer of at least 20"),
         ("scenes", {"train_split": "trian"}, "trian"),

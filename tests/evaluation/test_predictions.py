@@ -297,10 +297,11 @@ def test_predict_dataset_skip_keeps_batch_boundaries():
 
 
 @pytest.mark.parametrize(
-    "options", [{"prompt_type": "scribble"}, {"tasks": ["caption", "translation"]}, {"controls": ["hypnosis"]}]
+    "options",
+    [{"prompt_type": "scribble"}, {"tasks": ["caption", "translation"]}, {"controls": ["hypnosis"]}, {"seed": -1}],
 )
-def test_prompting_options_reject_unknown_values(options):
-    with pytest.raises(ValueError, match=r"scribble|translation|hypnosis"):
+def test_prompting_options_reject_invalid_values(options):
+    with pytest.raises(ValueError, match=r"scribble|translation|hypnosis|seed is -1"):
         PromptingOptions(**options)
 
 
