@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sca.io.score_format import PRINT_FACTOR, format_interval, format_score
+from sca.io.text import format_count
 from sca_bench.effects import Effect, count_images_needed, explain_variance, measure_effects
 from sca_bench.summary import CombinationSummary, find_varying_settings, format_setting, summarize_rows
 from sca_bench.sweep import Study, Sweep
@@ -129,7 +130,9 @@ def _describe_study(
     effects_of_score = [effect for effect in effects if effect.score == score_name]
     counts = {each: count_images_needed(effects_of_score, each) for each in DETECTED_DIFFERENCES}
     if all(count is not None for count in counts.values()):
-        parts = ", ".join(f"{PRINT_FACTOR * each:g} points: {count:,}" for each, count in counts.items())
+        parts = ", ".join(
+            f"{format_count(round(PRINT_FACTOR * each), 'point')}: {count:,}" for each, count in counts.items()
+        )
         notes.append(
             f"Images in which a paired test finds a difference of {score_name} with a power of 80%, for the median "
             f"comparison and without the variation between seeds: {parts}."

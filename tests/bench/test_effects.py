@@ -1,5 +1,7 @@
 """Expected effects: paired differences, their intervals and verdicts, and the variance that axes explain."""
 
+import re
+
 import numpy as np
 import pytest
 from sca_bench import effects, report
@@ -164,6 +166,7 @@ def test_report_of_studies_starts_with_the_effects(sweep, tmp_path):
     assert "## mixers\n\nMixers.\n\n| mixer | task_tokens | seeds |" in markdown
     assert "each axis explains alone: mixer" in markdown
     assert "with a power of 80%" in markdown
+    assert re.search(r": 1 point: [\d,]+, 2 points: [\d,]+, 5 points: [\d,]+\.", markdown)
     page = report.render_sweep_page(rows, "sweep mine", sweep=sweep)
     assert "A query mixer is better than ROI pooling" in page
     assert "<h2>mixers</h2>" in page
