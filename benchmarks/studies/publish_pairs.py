@@ -27,6 +27,7 @@ from sca_bench.sweep import VARIANT_AXIS, Combination, Sweep, read_sweep_text
 
 from sca.checkpoints.load import load
 from sca.checkpoints.portable import write_portable_checkpoint
+from sca.io.errors import InputError
 from sca.io.score_format import format_interval, format_score
 
 PAIRS = Path(__file__).with_name("pairs.toml")
@@ -35,14 +36,17 @@ QUALITY_SCORE, ATTRIBUTE_SCORE = "cider-d", "attributes/all"
 
 
 def summarize_pairs(results: Path) -> dict[str, tuple[Combination, CombinationSummary]]:
-    """Return the combination and the results of each variant."""
+    """Return the combination and the results of each variant; raise InputError for unfinished results."""
     text, name = read_sweep_text(str(PAIRS))
     sweep = Sweep.parse(text, name)
     rows_by_key = {row["key"]: row for row in ResultStore(results).read_rows() if row["state"] == "done"}
     (study,) = sweep.studies
+    combinations = {each.settings[VARIANT_AXIS]: each for each in sweep.list_combinations(study)}
+    if missing := [variant for variant, each in combinations.items() if each.row.key not in rows_by_key]:
+        raise InputError(f"{results} lacks the finished rows {', '.join(missing)}; run the sweep again")
     return {
-        each.settings[VARIANT_AXIS]: (each, CombinationSummary.from_rows([rows_by_key[each.row.key]], QUALITY_SCORE))
-        for each in sweep.list_combinations(study)
+        variant: (each, CombinationSummary.from_rows([rows_by_key[each.row.key]], QUALITY_SCORE))
+        for variant, each in combinations.items()
     }
 
 
@@ -120,7 +124,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results folder of pairs.toml")
     arguments = parser.parse_args()
-    pairs = summarize_pairs(arguments.results)
+    try:
+        pairs = summarize_pairs(arguments.results)
+    except InputError as error:
+        parser.error(str(error))
     summaries = {name: summary for name, (_, summary) in pairs.items()}
     published = find_published(summaries)
     print(format_table(summaries, published))

@@ -11,6 +11,7 @@ import zoom
 from PIL import Image
 from sca_bench import report
 from sca_bench.store import ResultStore
+from sca_bench.summary import get_own_seconds, summarize_rows
 
 import find
 import halving_replay
@@ -20,6 +21,7 @@ import referring_expressions
 import sca
 import weak_supervision
 from sca.checkpoints.load import read_local_spec
+from sca.io.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -136,6 +138,11 @@ def test_table_of_trained_pairs_matches_its_rows(monkeypatch):
     assert {path.name for path in (ROOT / "benchmarks" / "pairs").iterdir()} == set(published)
 
 
+def test_unfinished_results_of_pairs_are_reported(tmp_path):
+    with pytest.raises(InputError, match=r"lacks the finished rows masks-query, .*; run the sweep again"):
+        publish_pairs.summarize_pairs(tmp_path)
+
+
 def test_trained_pairs_caption_a_scene():
     image = Image.open(ROOT / "examples" / "scene.png")
     for folder in sorted((ROOT / "benchmarks" / "pairs").glob("masks-*")):
@@ -189,6 +196,43 @@ def test_benchmark_page_shows_the_committed_tables_of_zoom():
 @pytest.mark.parametrize("name", ["sca-tiny", "sca-street"])
 def test_committed_results_of_zoom_use_the_options_of_the_model(name):
     assert read_results(f"zoom/{name}.json")["zoom"] == vars(read_local_spec(name).zoom_options)
+
+
+def test_committed_results_of_zoom_meet_their_targets():
+    outcomes = {}
+    for name in ("sca-tiny", "sca-street"):
+        results = read_results(f"zoom/{name}.json")
+        outcomes[name] = zoom.compute_outcomes(results, zoom.ZoomOptions(**results["zoom"]))
+    small = {name: each.select_rows(each.cells <= zoom.SMALL_CELLS).summarize() for name, each in outcomes.items()}
+    assert small["sca-tiny"]["difference"] >= 0.4
+    assert small["sca-street"]["interval"][0] > 0
+    assert outcomes["sca-street"].summarize()["interval"][0] >= 0
+
+
+def test_committed_results_of_find_meet_their_targets():
+    results = read_results("find/results.json")
+    true_boxes, found_boxes = (results[kind][find.USED_METHOD] for kind in ("true_boxes", "found_boxes"))
+    assert true_boxes["top1"] >= 0.98
+    assert found_boxes["top1"] >= 0.95
+    assert min(true_boxes["auc"], found_boxes["auc"]) >= 0.95
+    assert results["speed"]["num_images"] >= 200
+    assert results["speed"]["caption_seconds"] >= 5 * results["speed"]["search_seconds"]
+
+
+def test_committed_replay_of_halving_meets_its_targets():
+    seeds = read_results("halving/replay.json")["seeds"]
+    num_good = sum(each["is_good"] and each["time_fraction"] <= halving_replay.MAX_TIME_FRACTION for each in seeds)
+    assert num_good >= 0.9 * len(seeds) >= 9
+    assert min(each["best_minus_median"][0] for each in seeds) > 0
+
+
+def test_committed_rows_of_the_paper_sweep_have_three_seeds_and_intervals():
+    rows = ResultStore(RESULTS / "paper").read_rows()
+    for summary in summarize_rows(rows, "cider-d"):
+        assert len(summary.seed_scores) >= 3
+        assert summary.ci_low < summary.quality < summary.ci_high
+    hours_on_two_cores = sum(get_own_seconds(row) for row in rows) / 3600 / 2
+    assert hours_on_two_cores < 8
 
 
 def test_committed_calibrations_meet_their_targets():
