@@ -1,10 +1,4 @@
-"""Measure confidences and OOD scores: `python benchmarks/studies/calibration.py key=value...`
-
-    street=FOLDER            CamVid in COCO format, as for `sca evaluate sca-street coco`
-    photographs=FOLDER       photographs of other subjects, such as faces, animals, rooms and food
-    calibrations=FILE,...    outputs of `sca calibrate MODEL DATASET --json`
-    predictions=FOLDER,...   outputs of `sca evaluate`, to compare maps from scores to confidences
-    out=FILE                 JSON file for the results
+"""Measure confidences and OOD scores: `python benchmarks/studies/calibration.py --help`
 
 Crops of an image are its quarters and its center, with half its sides. The backgrounds of scenes are those that the
 model was trained on, in other sizes, and others that it was not trained on.
@@ -12,8 +6,8 @@ model was trained on, in other sizes, and others that it was not trained on.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +23,9 @@ from sca.evaluation.calibration import compute_ece, is_correct_caption
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions_file import read_predictions
 from sca.inference.engine import Engine
-from sca.io.atomic import write_file
 from sca.io.images import find_images, open_image
 from sca.uncertainty import MIN_PROBABILITY, fit_calibration
+from study_results import write_results
 
 NUM_SCENES = 60
 SCENE_SIZES = (64, 128, 256, 512)
@@ -68,21 +62,38 @@ class BackgroundScenes(Scenes):
 BACKGROUNDS = ("white", "black", "color", "gradient", "noise")
 
 
-def main(arguments: Sequence[str]) -> None:
-    options = dict(argument.split("=", 1) for argument in arguments)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/studies/calibration.py", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--street", required=True, help="Folder with CamVid in COCO format.")
+    parser.add_argument(
+        "--photographs", required=True, help="Folder with photographs of other subjects, such as faces and food."
+    )
+    parser.add_argument(
+        "--calibrations", type=Path, nargs="+", required=True, help="Outputs of `sca calibrate MODEL DATASET --json`."
+    )
+    parser.add_argument(
+        "--predictions", type=Path, nargs="+", required=True, help="Folders of `sca evaluate`, to compare maps."
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the results.")
+    args = parser.parse_args(arguments)
     results = {
         "torch": torch.__version__,
-        "maps": [compare_maps(Path(folder)) for folder in options["predictions"].split(",")],
-        "calibrations": [json.loads(Path(path).read_text("utf-8")) for path in options["calibrations"].split(",")],
-        "ood": [*measure_street(options["street"], options["photographs"]), *measure_scenes(options["photographs"])],
-        "photographs": [path.stem for path in find_images([options["photographs"]])[0]],
+        "maps": [compare_maps(folder) for folder in args.predictions],
+        "calibrations": [json.loads(path.read_text("utf-8")) for path in args.calibrations],
+        "ood": [*measure_street(args.street, args.photographs), *measure_scenes(args.photographs)],
+        "photographs": [path.stem for path in find_images([args.photographs])[0]],
     }
-    write_file(Path(options["out"]), f"{json.dumps(results, indent=1)}\n")
     print(render_results(results))
+    write_results(results, args.out)
 
 
 def compare_maps(folder: Path) -> dict[str, Any]:
-    """Compare maps from scores to confidences, fitted on every other image and measured on the rest."""
+    """Compare maps from scores to confidences, fitted on every other image and measured on the rest.
+
+    Platt scaling is also fitted on the first half of the images, because neighboring frames of a video are alike.
+    """
     predictions = read_predictions(folder)
     task = "caption" if predictions.run["dataset"] == "scenes" else "recognition"
     judged = [(each, is_correct_caption(each, task)) for each in predictions.records]
@@ -90,7 +101,14 @@ def compare_maps(folder: Path) -> dict[str, Any]:
     scores = torch.tensor([record["score"] for record, _ in judged], dtype=torch.float64)
     correct = torch.tensor([each for _, each in judged])
     _, images = np.unique([record["index"] for record, _ in judged], return_inverse=True)
-    is_fit = torch.from_numpy(images % 2 == 0)
+    errors = measure_maps(scores, correct, torch.from_numpy(images % 2 == 0))
+    errors["platt, first half"] = measure_maps(scores, correct, torch.from_numpy(images <= images.max() // 2))["platt"]
+    run = predictions.run
+    return {"model": run["model"], "task": task, "prompt_type": run["prompt_type"], "ece": errors}
+
+
+def measure_maps(scores: torch.Tensor, correct: torch.Tensor, is_fit: torch.Tensor) -> dict[str, float]:
+    """Fit maps on some captions, and return their expected calibration errors on the others."""
     logits = scores.clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY).logit()
     platt = fit_calibration(scores[is_fit], correct[is_fit])
     measured = logits[~is_fit]
@@ -100,9 +118,7 @@ def compare_maps(folder: Path) -> dict[str, Any]:
         "platt": (platt.slope * measured + platt.intercept).sigmoid(),
     }
     truth = correct[~is_fit].double().numpy()
-    errors = {name: compute_ece(values.numpy(), truth)[0] for name, values in confidences.items()}
-    run = predictions.run
-    return {"model": run["model"], "task": task, "prompt_type": run["prompt_type"], "ece": errors}
+    return {name: compute_ece(values.numpy(), truth)[0] for name, values in confidences.items()}
 
 
 def fit_temperature(logits: torch.Tensor, correct: torch.Tensor) -> float:
@@ -185,9 +201,12 @@ def render_results(results: Mapping[str, Any]) -> str:
 
 
 def render_maps(results: Mapping[str, Any]) -> list[str]:
-    lines = ["| model, task, prompt | score | temperature | Platt scaling |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        "| model, task, prompt | score | temperature | Platt scaling | Platt scaling, first half |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     for each in results["maps"]:
-        errors = " | ".join(f"{100 * each['ece'][name]:.1f}" for name in ("none", "temperature", "platt"))
+        errors = " | ".join(f"{100 * value:.1f}" for value in each["ece"].values())
         lines.append(f"| {each['model']}, {each['task']}, {each['prompt_type']} | {errors} |")
     return lines
 
@@ -236,4 +255,4 @@ def render_ood(results: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
