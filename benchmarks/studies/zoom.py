@@ -35,6 +35,7 @@ MAX_CELLS = 32.0  # area of the largest region to measure in crops of every magn
 MAX_LEVEL = 4  # magnification 4; each level magnifies by the square root of 2
 MIN_CONTEXT = 1.5  # of the closest crop of a region
 SMALL_CELLS = 4.0  # area of the largest small region
+FRAMES_PER_BLOCK = 10  # neighboring photographs, which are frames of a video, in one block of the bootstrap
 COST_STEP = 4  # the cost is measured on each such image
 ALTERNATIVES = {  # choices of each option to compare
     "max_cells": (2.0, 4.0, 8.0, 16.0, 32.0),
@@ -197,12 +198,12 @@ class Outcomes(NamedTuple):
         """Return the regions where `mask` is true."""
         return Outcomes(*(values[mask] for values in self))
 
-    def summarize(self) -> dict[str, Any]:
-        """Return the number of regions, both accuracies, their difference and its interval."""
+    def summarize(self, images_per_block: int = 1) -> dict[str, Any]:
+        """Return the number of regions, both accuracies, their difference and its interval over blocks of images."""
         difference = self.zoomed - self.plain
         statistics = make_mean_statistics(difference.astype(float))
-        has_interval = has_enough_images(self.image_index)
-        interval = compute_interval(bootstrap_scores(statistics, self.image_index)) if has_interval else None
+        blocks = self.image_index // images_per_block
+        interval = compute_interval(bootstrap_scores(statistics, blocks)) if has_enough_images(blocks) else None
         accuracies = {"plain": float(self.plain.mean()), "zoomed": float(self.zoomed.mean())}
         return {"regions": len(difference), **accuracies, "difference": float(difference.mean()), "interval": interval}
 
@@ -274,6 +275,18 @@ def render_classes(results: Mapping[str, Any]) -> str:
     return "\n".join(
         [*lines, *(_format_row(name, small.select_rows(small.classes == name)) for name in np.unique(small.classes))]
     )
+
+
+def render_blocks(results: Mapping[str, Any]) -> str:
+    """Render one line with the differences and their intervals over blocks of neighboring photographs."""
+    outcomes = compute_outcomes(results, ZoomOptions(**results["zoom"]))
+    small = outcomes.select_rows(outcomes.cells <= SMALL_CELLS)
+    parts = []
+    for label, each in ((f"at most {SMALL_CELLS:g} cells", small), ("all regions", outcomes)):
+        summary = each.summarize(FRAMES_PER_BLOCK)
+        interval = format_interval(*summary["interval"], True)
+        parts.append(f"{label} {format_score(summary['difference'], True)} ({interval})")
+    return f"Differences with intervals over blocks of {FRAMES_PER_BLOCK} neighboring frames: {', '.join(parts)}"
 
 
 def render_choices(results: Mapping[str, Any]) -> str:
@@ -363,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results["cost"] = measure_cost(engine, images[::COST_STEP], task, engine.zoom)
     write_results(args.out, results)
     tables = [render_curve(results), render_choices(results), render_cost(results)]
-    print("\n\n".join([*tables, *([render_classes(results)] if args.photographs else [])]))
+    tables += [render_blocks(results), render_classes(results)] if args.photographs else []
+    print("\n\n".join(tables))
 
 
 def check_same_settings(path: Path, results: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
