@@ -3,8 +3,9 @@
 Repeats the zero-shot referring expression generation of SCA (arXiv 2312.00869) on generated data: a model that was
 trained on captions only describes regions of `referring-scenes`, by the evaluation protocols refcocog-reg and
 refcoco-reg, on files in the layout of RefCOCO. Beside its captions, the table shows four baselines on the same
-regions, and the fraction of captions that are true of the region (and of no other region of the image). Prints a
-Markdown table and writes the results as JSON. Confidence intervals are over images.
+regions, and the fraction of captions that are true of the region (and of no other region of the image). A second table
+shows the reverse direction, by the protocol referring-scenes-comprehension. Prints Markdown tables and writes the
+results as JSON. Confidence intervals are over images.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sca.evaluation.protocol import EvaluationProtocol, ProtocolRun
 
 PROTOCOLS = ("refcocog-reg", "refcoco-reg")
+COMPREHENSION_PROTOCOL = "referring-scenes-comprehension"
 COLLECTION_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg"}
 PUBLISHED_SYSTEM = "SCA GPT2-large, VG"
 SCORE_LABELS = {
@@ -86,6 +88,36 @@ def evaluate_run(model: Captioner, protocol: EvaluationProtocol, run: ProtocolRu
         "num_expressions": sum(len(record["truth"]["phrases"]) for record in report.records),
         "published": dict(zip(run.scores, run.published[PUBLISHED_SYSTEM], strict=True)),
         "scores": scores_by_system,
+    }
+
+
+def evaluate_comprehension(
+    model: Captioner, protocol: EvaluationProtocol, run: ProtocolRun, num_images: int
+) -> dict[str, Any]:
+    """Find the region of each expression in the scenes of one run of the protocol.
+
+    Args:
+        model: Model that predicts captions.
+        protocol: Evaluation protocol.
+        run: One of its runs.
+        num_images: Number of scenes.
+
+    Returns:
+        The collection, split, number of expressions, and accuracy with its interval.
+    """
+    from sca.data.referring_scenes import ReferringScenes
+    from sca.evaluation.evaluate import evaluate
+
+    collection = run.dataset_options["collection"]
+    scenes = ReferringScenes(run.split, collection, num_images)
+    report = evaluate(model, scenes, prompting=run.prompting, metrics=protocol.metrics)
+    assert report is not None
+    (accuracy,) = (each for each in report.scoring.scores if each.name == "comprehension/accuracy")
+    return {
+        "collection": collection,
+        "split": run.split,
+        "num_expressions": accuracy.num_samples,
+        "accuracy": {"value": accuracy.value, "ci_low": accuracy.ci_low, "ci_high": accuracy.ci_high},
     }
 
 
@@ -159,8 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for protocol in map(read_protocol, PROTOCOLS)
         for run in protocol.runs
     ]
-    results = {"num_images": args.num_images, "rows": rows, "environment": collect_environment("cpu")}
-    print(render_results(results))
+    protocol = read_protocol(COMPREHENSION_PROTOCOL)
+    results = {
+        "num_images": args.num_images,
+        "rows": rows,
+        "comprehension": [evaluate_comprehension(model, protocol, run, args.num_images) for run in protocol.runs],
+        "environment": collect_environment("cpu"),
+    }
+    print(render_results(results), render_comprehension(results), sep="\n\n")
     write_results(results, args.out)
 
 
@@ -168,16 +206,29 @@ def render_results(results: Mapping[str, Any]) -> str:
     """Render a Markdown table of scores times 100 with their intervals, and the published scores on photographs."""
     lines = [f"| | | {' | '.join(SCORE_LABELS.values())} |", "| --- | --- |" + " ---: |" * len(SCORE_LABELS)]
     for row in results["rows"]:
-        title = f"{COLLECTION_NAMES[row['collection']]} {row['split']}"
+        title = _format_title(row)
         for system, scores in row["scores"].items():
-            cells = [
-                f"{format_score(each['value'])} ({format_interval(each['ci_low'], each['ci_high'])})"
-                for each in (scores[name] for name in SCORE_LABELS)
-            ]
+            cells = [_format_cell(scores[name]) for name in SCORE_LABELS]
             lines.append(f"| {title} | {system} | {' | '.join(cells)} |")
         published = [format_score(row["published"].get(name)) for name in SCORE_LABELS]
         lines.append(f"| {title}, photographs | {PUBLISHED_SYSTEM} (published) | {' | '.join(published)} |")
     return "\n".join(lines)
+
+
+def render_comprehension(results: Mapping[str, Any]) -> str:
+    """Render a Markdown table of the accuracy of comprehension times 100, with its intervals."""
+    lines = ["| | expressions | accuracy (95% CI) |", "| --- | ---: | ---: |"]
+    for row in results["comprehension"]:
+        lines.append(f"| {_format_title(row)} | {row['num_expressions']} | {_format_cell(row['accuracy'])} |")
+    return "\n".join(lines)
+
+
+def _format_title(row: Mapping[str, Any]) -> str:
+    return f"{COLLECTION_NAMES[row['collection']]} {row['split']}"
+
+
+def _format_cell(score: Mapping[str, Any]) -> str:
+    return f"{format_score(score['value'])} ({format_interval(score['ci_low'], score['ci_high'])})"
 
 
 if __name__ == "__main__":

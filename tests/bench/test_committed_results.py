@@ -67,7 +67,9 @@ def iter_weak_supervision_lines():
 
 
 def iter_referring_lines():
-    yield from referring_expressions.render_results(read_results("referring/results.json")).splitlines()
+    results = read_results("referring/results.json")
+    yield from referring_expressions.render_results(results).splitlines()
+    yield from referring_expressions.render_comprehension(results).splitlines()
 
 
 def iter_paper_lines():
