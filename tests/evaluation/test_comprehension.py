@@ -16,6 +16,7 @@ from sca.evaluation.evaluate import evaluate, score_file
 from sca.evaluation.predictions import PromptingOptions
 from sca.evaluation.protocol import read_protocol, select_runs
 from sca.inference.engine import Engine
+from sca.io.errors import InputError
 
 COMPREHENSION = PromptingOptions(tasks=("comprehension",))
 
@@ -165,6 +166,15 @@ def test_uniqueness_does_not_judge_single_regions_and_ties_are_wrong():
     assert "no image has several regions" in output.notes["uniqueness"]
     output = metric([record, {**record, "region_id": -1}], lambda record: sample.image)
     assert np.array_equal(output.per_record["uniqueness"], [0, 0])
+
+
+def test_uniqueness_names_a_caption_that_is_too_long():
+    sample = Scenes("val", num_images=1)[0]
+    metric = sca_registry.metrics.build("uniqueness", model="sca-tiny")
+    records = make_caption_records(sample, ["a", "a star " * 60, *[""] * (len(sample.regions) - 2)])
+    message = r"image .*, region .*: the text has 120 tokens, but the model reads at most 91; shorten it, or set uniq"
+    with pytest.raises(InputError, match=message):
+        metric(records, lambda record: pytest.fail("read an image"))
 
 
 def test_uniqueness_requires_a_model_that_scores_text():
