@@ -408,7 +408,7 @@ def _read_comparisons(location: str, tables: Any) -> list[Comparison]:
 
 
 def _check_comparisons(sweep: Sweep) -> None:
-    """Raise RegistryError for a comparison that selects no combination; also checks every combination."""
+    """Raise RegistryError for a comparison without two sides; also checks every combination."""
     for study in sweep.studies:
         combinations = sweep.list_combinations(study)
         for comparison in study.comparisons:
@@ -419,7 +419,8 @@ def _check_comparisons(sweep: Sweep) -> None:
                     f"the comparison {comparison.claim!r} selects {dict(comparison.better)} and "
                     f"{dict(comparison.worse)}; select values of the same axes in both"
                 )
-            for selection in (comparison.better, comparison.worse):
+            sides = comparison.better, comparison.worse
+            for selection in sides:
                 for axis, value in selection.items():
                     if sum(_matches_value(each, value) for each in study.settings[axis]) > 1:
                         raise RegistryError(
@@ -431,6 +432,11 @@ def _check_comparisons(sweep: Sweep) -> None:
                         f"the comparison {comparison.claim!r} selects {dict(selection)}, which no row has; use values "
                         "of the axes"
                     )
+            if any(all(matches_settings(each.settings, side) for side in sides) for each in combinations):
+                raise RegistryError(
+                    f"the comparison {comparison.claim!r} selects the same rows as better and as worse; select "
+                    "different values"
+                )
 
 
 def _read_tables(location: str, table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -219,6 +219,11 @@ def test_row_key_depends_only_on_the_configuration(make_sweep):
             "select values of the same axes in both",
         ),
         (
+            "[axes]",
+            '[[comparisons]]\nclaim = "x"\nbetter = { mixer = "roi-pool" }\nworse = { mixer = "roi-pool" }\n[axes]',
+            "the comparison 'x' selects the same rows as better and as worse; select different values",
+        ),
+        (
             '"mask-tokens"]',
             '{ name = "roi-pool", pool_size = 3 }]\n[[comparisons]]\nclaim = "x"\nbetter = { mixer = "roi-pool" }\n'
             'worse = { mixer = "roi-pool" }\n',
