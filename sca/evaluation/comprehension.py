@@ -13,6 +13,7 @@ from sca.inference.engine import EncodedImages, Engine
 from sca.inference.text_search import (
     CandidateRegion,
     check_can_find,
+    check_text,
     find_candidate_regions,
     find_regions,
     index_regions,
@@ -42,8 +43,13 @@ class ComprehensionOptions:
 
         Raises:
             ValueError: The captioner cannot score a text.
+            InputError: The model cannot read an expression, because it is too long.
         """
         engine = check_can_find(captioner)
+        for _, sample in samples:
+            for region in sample.regions:
+                for phrase in region.phrases:
+                    check_text(engine, phrase, f"region {region.id} of image {sample.image_id}")
         encoded = engine.encode([sample.image for _, sample in samples])
         texts_by_image = [
             list(dict.fromkeys(phrase for region in sample.regions for phrase in region.phrases))

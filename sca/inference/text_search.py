@@ -193,7 +193,10 @@ def encode_text(model: SegmentCaptioner, text: str) -> list[int]:
         return token_ids
     max_tokens = max_positions - model.count_prefix_positions() + 1
     if len(token_ids) > max_tokens:
-        raise InputError(f"the text has {len(token_ids)} tokens, but the model reads at most {max_tokens}; shorten it")
+        raise InputError(
+            f"the text has {len(token_ids)} tokens, but the model reads at most {max_tokens}; shorten it, or use "
+            "another model"
+        )
     return token_ids
 
 
@@ -231,17 +234,21 @@ def check_can_find(captioner: Any, name: str = "") -> Engine:
     return captioner
 
 
-def check_text(engine: Engine, text: str) -> None:
+def check_text(engine: Engine, text: str, location: str = "") -> None:
     """Check a text before any image is read.
 
     Args:
         engine: Engine of the model.
         text: Text.
+        location: Location of the text in a file or dataset, for the message.
 
     Raises:
         InputError: The text is empty, not valid Unicode, or longer than the positions of the language model.
     """
-    encode_text(engine.model, text)
+    try:
+        encode_text(engine.model, text)
+    except InputError as error:
+        raise InputError(f"{location}: {error}" if location else str(error)) from error
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Referring expression comprehension, and the metric `uniqueness`."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,14 @@ def test_comprehension_encodes_a_batch_once_and_predicts_no_masks(engine, monkey
     assert boxes == [[each["box"] for each in record["expressions"]] for record in expected]
 
 
+def test_comprehension_names_an_expression_that_is_too_long(engine, monkeypatch):
+    sample = Scenes("val", num_images=1)[0]
+    region = replace(sample.regions[0], phrases=("a star " * 60,))
+    monkeypatch.setattr(engine, "encode", lambda _: pytest.fail("encoded an image"))
+    with pytest.raises(InputError, match=rf"region {region.id} of image {sample.image_id}: the text has 120 tokens"):
+        ComprehensionOptions().predict_records(engine, [(0, sample._replace(regions=(region,)))])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -172,7 +181,7 @@ def test_uniqueness_names_a_caption_that_is_too_long():
     sample = Scenes("val", num_images=1)[0]
     metric = sca_registry.metrics.build("uniqueness", model="sca-tiny")
     records = make_caption_records(sample, ["a", "a star " * 60, *[""] * (len(sample.regions) - 2)])
-    message = r"image .*, region .*: the text has 120 tokens, but the model reads at most 91; shorten it, or set uniq"
+    message = r"region .* of image .*: the text has 120 tokens, but the model reads at most 91; shorten it, or use anot"
     with pytest.raises(InputError, match=message):
         metric(records, lambda record: pytest.fail("read an image"))
 
