@@ -63,11 +63,15 @@ class AxisUpscaling(NamedTuple):
 
     Attributes:
         weights: (pixels, cells) nonnegative weights.
+        nonzero_weights: (pixels, K) nonzero weights of each pixel, and zeros up to the maximum number K.
+        cells: (pixels, K) cells of these weights.
         first_pixel: First pixel with a nonzero weight for each cell.
         last_pixel: One past the last pixel with a nonzero weight for each cell.
     """
 
     weights: Tensor
+    nonzero_weights: Tensor
+    cells: Tensor
     first_pixel: list[int]
     last_pixel: list[int]
 
@@ -268,8 +272,8 @@ class Processor:
         counts, boxes = [], []
         for row, (y, x) in enumerate(_compute_pixel_windows(logits > -offset, [upscaling] * len(logits))):
             pixels = _upscale_window(logits[row], upscaling, (y, x)).T
-            counts.append(torch.stack(((pixels > offset).sum(), (pixels > -offset).sum())))
-            (box,) = masks_to_boxes((pixels > 0)[None])
+            counts.append(torch.stack([torch.count_nonzero(pixels > level) for level in (offset, -offset)]))
+            (box,) = masks_to_boxes(pixels[None])
             window_origin = torch.tensor((x.start, y.start) * 2, device=box.device)
             boxes.append(torch.where(box.any(), box + window_origin, box))
         if not counts:
@@ -297,7 +301,8 @@ class Processor:
         weights = _resize_bilinear(weights, length, num_cells)[0, 0]
         has_weight = weights != 0
         first, last = has_weight.int().argmax(0), length - has_weight.flip(0).int().argmax(0)
-        return AxisUpscaling(weights.to(device), first.tolist(), last.tolist())
+        nonzero_weights, cells = (each.to(device) for each in weights.topk(int(has_weight.sum(1).max()), dim=1))
+        return AxisUpscaling(weights.to(device), nonzero_weights, cells, first.tolist(), last.tolist())
 
 
 def _resize_bilinear(values: Tensor, height: int, width: int) -> Tensor:
@@ -320,7 +325,17 @@ def _upscale_window(
 ) -> Tensor:
     """Upscale (4h, 4w) logits to the pixels of a window: (columns, rows)."""
     (down, across), (y, x) = upscalings, window
-    return across.weights[x] @ logits.float().T @ down.weights[y].T
+    logits = logits.float()
+    if logits.device.type != "cpu":
+        return across.weights[x] @ logits.T @ down.weights[y].T
+    rows = _sum_weighted_rows(logits, down, y)
+    return _sum_weighted_rows(rows.T.contiguous(), across, x)
+
+
+def _sum_weighted_rows(values: Tensor, upscaling: AxisUpscaling, pixels: slice) -> Tensor:
+    """Compute `upscaling.weights[pixels] @ values` on a CPU, from the few weights that are not zero."""
+    cells, weights = upscaling.cells[pixels], upscaling.nonzero_weights[pixels]
+    return F.embedding_bag(cells, values, mode="sum", per_sample_weights=weights)
 
 
 def _compute_pixel_span(upscaling: AxisUpscaling, is_hit: np.ndarray) -> slice:

@@ -44,7 +44,7 @@ class MaskedPoolMixer(nn.Module):
         probabilities = best_logits.sigmoid()
         pooled = pool_under_masks(regions.image_embeddings, regions.image_index, probabilities)
         # fractions of the frame's side
-        x1, y1, x2, y2 = (masks_to_boxes(best_logits > 0) / best_logits.shape[-1]).unbind(1)
+        x1, y1, x2, y2 = (masks_to_boxes(best_logits) / best_logits.shape[-1]).unbind(1)
         box_features = torch.stack(
             ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, probabilities.mean((1, 2)).float()), dim=1
         )

@@ -35,7 +35,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     """Compute the bounding boxes of masks.
 
     Args:
-        masks: (N, h, w) bool.
+        masks: (N, h, w) masks or logits; a mask contains the cells above zero.
 
     Returns:
         Boxes (N, 4) x1 y1 x2 y2 in mask cells; x2 and y2 are exclusive. Zeros for an empty mask.
@@ -44,7 +44,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
         return torch.zeros(len(masks), 4, device=masks.device)
     spans = []
     for dim in (1, 2):  # columns, then rows
-        is_occupied = masks.any(dim)  # (N, w), (N, h)
+        is_occupied = masks.amax(dim) > 0  # (N, w), (N, h)
         cells = torch.arange(is_occupied.shape[1], device=masks.device)
         first = torch.where(is_occupied, cells, is_occupied.shape[1]).amin(1)
         last = torch.where(is_occupied, cells + 1, 0).amax(1)

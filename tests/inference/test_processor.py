@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sca_registry.contracts import ImageFormat, Prompt
+from torch.nn import functional as F
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from sca.inference.processor import Processor
+from sca.nn.masks import masks_to_boxes
 
 SIDE_LENGTHS = st.integers(1, 200)
 
@@ -63,6 +65,24 @@ def test_iter_binary_masks_matches_postprocessed_masks_above_zero(width, height,
         assert ((torch.from_numpy(binary_mask.copy()) == (expected > 0)) | near_zero).all()
         assert near_zero.float().mean() < 0.01
     assert len(processor._upscalings) == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 50), (64, 64), (33, 7), (301, 200), (3, 500)])
+@pytest.mark.parametrize("fit", ["pad", "stretch"])
+def test_stability_and_boxes_are_those_of_postprocessed_masks(width, height, fit):
+    processor = Processor(ImageFormat(size=64, resize_mode=fit), 8)
+    frame, offset = processor.compute_frame(width, height), 0.5
+    logits = F.interpolate(torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(2)), 32, mode="bicubic")[
+        :, 0
+    ]
+    logits = torch.cat((logits * 2, torch.full((1, 32, 32), -1.0)))
+    pixels = processor.postprocess_masks(logits[:, None], frame)[:, 0]
+    stability, boxes = processor.compute_stability_and_boxes(logits, frame, offset)
+    expected = (pixels > offset).sum((1, 2)) / (pixels > -offset).sum((1, 2)).clamp(min=1)
+    assert torch.allclose(stability, expected, atol=1e-4)  # a pixel can be at the threshold
+    assert torch.equal(boxes, masks_to_boxes(pixels > 0))
+    assert boxes[:5].any(1).all()
+    assert not boxes[5].any()
 
 
 def test_processor_pads_right_and_below_or_stretches_to_the_frame():
