@@ -14,6 +14,7 @@ import torch
 from sca_registry import RegistryError
 from sca_registry.contracts import (
     Batch,
+    ConfidentMasks,
     Encoder,
     GenerationOutput,
     LanguageModel,
@@ -32,6 +33,7 @@ from sca.hints import MODEL_ATTRIBUTE_HINTS
 from sca.io.text import format_count
 from sca.language_models.questions import EncodedQuestion, encode_question
 from sca.nn.geometry import GeometryEmbedding, compute_geometry
+from sca.nn.masks import select_confident_masks
 from sca.nn.projection import Projection
 from sca.nn.region_batch import concat_segmenter_outputs
 
@@ -89,6 +91,32 @@ class SegmentationModel(nn.Module):
             Masks, scores and tokens of the N regions.
         """
         return self.segmenter(features, prompts, multimask_output)
+
+    def predict_confident_masks(self, features: Tensor, prompts: PromptBatch, min_iou: float) -> ConfidentMasks:
+        """Predict the candidate masks of the prompted regions whose predicted IoU is above a minimum.
+
+        Args:
+            features: (B, C, h, w) features of `encode`.
+            prompts: N prompts in pixels of the model input.
+            min_iou: Minimum predicted IoU.
+
+        Returns:
+            The masks above it.
+
+        Raises:
+            ValueError: The segmenter predicts no masks.
+        """
+        predict = getattr(self.segmenter, "predict_confident_masks", None)
+        if predict is not None:
+            return predict(features, prompts, min_iou)
+        regions = self.segment(features, prompts)
+        if regions.masks is None:
+            raise ValueError(
+                f"everything mode requires masks, but {type(self.segmenter).__name__} predicts none; build the model "
+                "with segmenter=sam"
+            )
+        assert regions.iou_scores is not None  # of the masks
+        return select_confident_masks(regions.masks, regions.iou_scores, min_iou)
 
     def _get_component_name(self, kind: str) -> str:
         return type(getattr(self, kind)).__name__

@@ -127,6 +127,14 @@ class DecoderMasks(_TensorRows):
     tokens: Tensor  # (N, M + 1, D) output tokens of the masks
 
 
+class ConfidentMasks(NamedTuple):
+    """Candidate masks of a segmenter whose predicted IoU is above a minimum."""
+
+    masks: Tensor  # (K, 4h, 4w) logits
+    iou_scores: Tensor  # (K,) predicted IoU
+    region_index: Tensor  # (K,) region of each mask, sorted
+
+
 @dataclass
 class SegmenterOutput:
     """Masks, scores, tokens and features of N prompted regions."""
@@ -442,8 +450,9 @@ class Segmenter(Protocol):
     """Promptable segmenter, built by `factory(encoder, **options)`.
 
     A trainable segmenter has a method `compute_losses(regions: SegmenterOutput, targets: MaskTargets)` that returns
-    named scalar losses. An optional attribute `grid_size` is the side h = w of the grid in cells; mixers whose number
-    of queries depends on it require it.
+    named scalar losses. An optional method `predict_confident_masks(features, prompts, min_iou)` returns the
+    `ConfidentMasks` of the regions without computing their other masks. An optional attribute `grid_size` is the side
+    h = w of the grid in cells; mixers whose number of queries depends on it require it.
 
     Attributes:
         channels: Hidden size D.

@@ -266,19 +266,11 @@ def _iter_mask_candidates(
     )
     model, _ = engine.require_segmenter()
     features = encoded.require_features()
+    min_iou = options.pred_iou_thresh if options.pred_iou_thresh > 0 else -math.inf
     for chunk_index, chunk in enumerate(prompts.iter_chunks(engine.region_batch_size)):
-        segmenter_output = model.segment(features, chunk)
-        if segmenter_output.masks is None:
-            raise ValueError(
-                f"everything mode requires masks, but {type(model.segmenter).__name__} predicts none; build "
-                "the model with segmenter=sam"
-            )
-        assert segmenter_output.iou_scores is not None  # of the masks
-        masks, scores = segmenter_output.masks.flatten(0, 1).float(), segmenter_output.iou_scores.flatten().float()
-        kept_indices = ((scores > options.pred_iou_thresh) | (options.pred_iou_thresh <= 0)).nonzero().squeeze(1)
-        point_indices = kept_indices // segmenter_output.masks.shape[1] + chunk_index * engine.region_batch_size
-        points_done = min((chunk_index + 1) * engine.region_batch_size, len(points))
-        yield points_done, masks[kept_indices], scores[kept_indices].tolist(), point_indices.tolist()
+        masks, scores, region_index = model.predict_confident_masks(features, chunk, min_iou)
+        start = chunk_index * engine.region_batch_size
+        yield start + len(chunk), masks, scores.tolist(), (start + region_index).tolist()
 
 
 def _suppress_overlaps(candidates: Sequence[Candidate], scores: Tensor, options: EverythingOptions) -> Iterator[int]:

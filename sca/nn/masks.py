@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sca_registry.contracts import ConfidentMasks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,3 +92,19 @@ def select_best_masks(masks: Tensor, scores: Tensor) -> Tensor:
         Masks (N, h, w).
     """
     return masks[torch.arange(len(masks), device=masks.device), scores.argmax(1)]
+
+
+def select_confident_masks(masks: Tensor, scores: Tensor, min_iou: float) -> ConfidentMasks:
+    """Select the masks whose predicted IoU is above a minimum.
+
+    Args:
+        masks: (N, M, h, w) logits.
+        scores: (N, M) predicted IoU.
+        min_iou: The minimum.
+
+    Returns:
+        The masks in order: those of a region by their position.
+    """
+    scores = scores.float()
+    region_index, mask_index = (scores > min_iou).nonzero(as_tuple=True)
+    return ConfidentMasks(masks[region_index, mask_index], scores[region_index, mask_index], region_index)

@@ -12,7 +12,7 @@ instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -124,30 +124,50 @@ class TwoWayForward(nn.Module):
         Returns:
             Tokens (N, T, D), and grids (N, D, h, w) or None.
         """
+        token_chunks, grid_chunks = [], []
+        for _, updated_tokens, updated_grid in self.iter_chunks(tokens, grid, positional_encoding, image_index):
+            token_chunks.append(updated_tokens)
+            if return_grids:
+                grid_chunks.append(updated_grid)
+        if not token_chunks:
+            return tokens, grid[:0] if return_grids else None
+        tokens = torch.cat(token_chunks)
+        if not return_grids:
+            return tokens, None
+        return tokens, torch.cat(grid_chunks) if len(grid_chunks) > 1 else grid_chunks[0]
+
+    def iter_chunks(
+        self, tokens: Tensor, grid: Tensor, positional_encoding: Tensor, image_index: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Update tokens and grids chunk by chunk: the regions whose grids the CPU cache holds, or all on other devices.
+
+        Args:
+            tokens: (N, T, D) tokens.
+            grid: (N, D, h, w) or (B, D, h, w) grids, see `forward`.
+            positional_encoding: (D, h, w) positional encoding of the grid.
+            image_index: (N,) image of each region; None if the grids are those of regions.
+
+        Yields:
+            The rows of a chunk of n regions, their tokens (n, T, D) and their grids (n, D, h, w).
+        """
+        if not len(tokens):
+            return
         cells = grid.flatten(2).transpose(1, 2)  # (N or B, P, D)
         positions = positional_encoding.flatten(1).T  # (P, D)
         projections = [_build_grid_projection(layer, positions) for layer in self._blocks]
         final_projection = _build_key_value_projection(self.final_attn_token_to_image, positions)
         shared_projected = None if image_index is None else _project_cells(cells, *projections[0])  # (B, P, 3I)
-        if not len(tokens):
-            return tokens, grid[:0] if return_grids else None
         rows_per_chunk = None
         if is_cpu_inference(grid):  # keep the grids of a chunk in the CPU cache
             rows_per_chunk = self.max_elements_per_chunk // (cells.shape[1] * cells.shape[2])
-        token_chunks, grid_chunks = [], []
         for chunk in split_rows(len(tokens), rows_per_chunk):
             rows = chunk if image_index is None else image_index[chunk]
             first_projected = None if shared_projected is None else _select_rows(shared_projected, rows)
             queries, keys = self._forward_chunk(
                 tokens[chunk], _select_rows(cells, rows), first_projected, projections, final_projection
             )
-            token_chunks.append(queries)
-            if return_grids:
-                grid_chunks.append(keys)
-        if not return_grids:
-            return torch.cat(token_chunks), None
-        keys = torch.cat(grid_chunks) if len(grid_chunks) > 1 else grid_chunks[0]
-        return torch.cat(token_chunks), keys.transpose(1, 2).unflatten(2, grid.shape[-2:])
+            # not `transpose(1, 2).unflatten(...)`, for which convolutions of one grid do not recognize channels last
+            yield chunk, queries, keys.unflatten(1, grid.shape[-2:]).permute(0, 3, 1, 2)
 
     def _forward_chunk(
         self,

@@ -10,12 +10,12 @@ import copy
 from dataclasses import replace
 
 import torch
-from sca_registry.contracts import PromptBatch, SegmenterOutput
+from sca_registry.contracts import ConfidentMasks, PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
 from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2PromptEncoder
 
-from sca.nn.masks import select_mask_indices
+from sca.nn.masks import select_confident_masks, select_mask_indices
 from sca.nn.sam import MaskDecoderConfig
 from sca.nn.sam2 import load_sam2_model
 from sca.nn.two_way_transformer import TwoWayForward
@@ -96,6 +96,13 @@ class Sam2Segmenter(SamSegmenter):
         masks = torch.where(is_object[..., None, None], regions.masks, NO_OBJECT_LOGIT)
         boxes = regions.boxes if prompts.boxes is not None else self.compute_boxes(masks, regions.iou_scores)
         return replace(regions, masks=masks, boxes=boxes)
+
+    def predict_confident_masks(self, features: Tensor, prompts: PromptBatch, min_iou: float) -> ConfidentMasks:
+        """Predict confident masks as `SamSegmenter.predict_confident_masks` does."""
+        if not self.single_mask:
+            return super().predict_confident_masks(features, prompts, min_iou)
+        regions = self(features, prompts)  # empties masks of objects that are not in the image
+        return select_confident_masks(regions.masks, regions.iou_scores, min_iou)
 
     def upscale_grid(self, grid: Tensor, image_index: Tensor, high_res_features: tuple[Tensor, ...]) -> Tensor:
         """Upscale the grids of N regions, adding high-resolution features: (N, D, h, w) -> (N, D/8, 4h, 4w)."""

@@ -39,6 +39,7 @@ def build_counting_predictor(build_small_model, monkeypatch):
 
         count_calls(model, "encode", len)
         count_calls(model, "segment", lambda features, prompts, *_: len(prompts))
+        count_calls(model, "predict_confident_masks", lambda features, prompts, _: len(prompts))
         count_calls(model, "prepare_mixer", len)
         count_calls(model, "mix", lambda regions, *_: len(regions))
         count_calls(model.language_model, "generate", lambda prefix, *_: len(prefix))
@@ -232,7 +233,8 @@ def test_caption_everything_encodes_once_and_captions_only_kept_regions(build_co
     assert 0 < len(captions) < 36
     assert calls["generate"] == [len(captions)]
     assert sum(calls["mix"]) == len(captions)
-    assert sum(calls["segment"]) == 36 + len(captions)
+    assert calls["predict_confident_masks"] == [10, 10, 10, 6]
+    assert sum(calls["segment"]) == len(captions)
 
 
 def test_caption_everything_computes_each_full_size_mask_once(build_counting_predictor, scene, monkeypatch):
@@ -427,7 +429,7 @@ def test_caption_everything_uses_the_everything_options_of_the_model(build_count
     predictor, calls = build_counting_predictor(everything={"points_per_side": 3, "pred_iou_thresh": 10.0})
     predictor.set_image(scene.image)
     assert caption_everything(predictor) == []
-    assert calls["segment"] == [9]
+    assert calls["predict_confident_masks"] == [9]
 
 
 @pytest.mark.slow

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from sca_registry.contracts import PromptBatch
 from tiny import LANGUAGE_MODEL_FAMILIES
 from transformers import SamMaskDecoderConfig
 from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
+import sca
 from sca.language_models import causal
 from sca.language_models.hf import HfLanguageModel
 from sca.nn import two_way_transformer
+from sca.nn.masks import select_confident_masks
 from sca.nn.parameters import share_parameters
 from sca.nn.two_way_transformer import TwoWayTransformer, init_weights
+from sca.testing.tiny import get_tiny_options
 
 NUM_REGIONS, NUM_TOKENS, HIDDEN_SIZE, GRID_SIZE = 7, 5, 32, 6
 
@@ -90,6 +94,41 @@ def test_two_way_transformer_accepts_no_regions(transformer, transformer_inputs)
         fused, keys = transformer(tokens[:0], grids, position, image_index[:0])
     assert fused.shape == (0, NUM_TOKENS, HIDDEN_SIZE)
     assert keys.shape == (0, HIDDEN_SIZE, GRID_SIZE, GRID_SIZE)
+
+
+def test_two_way_transformer_grid_of_one_region_has_channels_last(transformer, transformer_inputs):
+    tokens, grids, position, _ = transformer_inputs
+    with torch.inference_mode():
+        _, grid = transformer(tokens[:1], grids[:1], position)
+    assert grid.stride() == grid.clone(memory_format=torch.channels_last).stride()
+
+
+@pytest.mark.parametrize("regions_per_chunk", [1, 2, 100])
+def test_predict_confident_masks_upscales_only_the_grids_of_confident_regions(monkeypatch, regions_per_chunk):
+    model = sca.compose({"name": "sam", **get_tiny_options("encoder", "sam")}, "query", "tiny-gpt2", weights=False)
+    grid_size = model.segmenter.grid_size
+    max_elements = regions_per_chunk * model.segmenter.channels * grid_size**2
+    monkeypatch.setattr(TwoWayTransformer, "max_elements_per_chunk", max_elements)
+    upscaled_rows, upscale_grid = [], model.segmenter.upscale_grid
+    monkeypatch.setattr(
+        model.segmenter,
+        "upscale_grid",
+        lambda grid, *args: (upscaled_rows.append(len(grid)), upscale_grid(grid, *args))[1],
+    )
+    features = torch.randn(2, model.encoder.channels, grid_size, grid_size, generator=torch.Generator().manual_seed(1))
+    points = torch.rand(9, 1, 2, generator=torch.Generator().manual_seed(2)) * model.encoder.image_format.size
+    image_index = torch.tensor([0] * 4 + [1] * 5)
+    prompts = PromptBatch(image_index, points=points, labels=torch.ones(9, 1, dtype=torch.long))
+    with torch.inference_mode():
+        regions = model.segment(features, prompts)
+        min_iou = float(regions.iou_scores.amax(1).median())
+        expected = select_confident_masks(regions.masks, regions.iou_scores, min_iou)
+        upscaled_rows.clear()
+        confident = model.predict_confident_masks(features, prompts, min_iou)
+    assert sum(upscaled_rows) == len(expected.region_index.unique()) == 4
+    assert torch.equal(confident.region_index, expected.region_index)
+    assert torch.allclose(confident.iou_scores, expected.iou_scores, atol=1e-6)
+    assert torch.allclose(confident.masks, expected.masks, atol=1e-5)
 
 
 def test_two_way_transformer_gradients_match_transformers(transformer, transformer_inputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from sca_registry.contracts import MaskTargets, SegmenterOutput
 from torch import Tensor
 
 from sca.io.masks import mask_to_box
+from sca.nn.masks import select_confident_masks
 from sca.testing.conformance.checks import DoesNotApply, register_check
 from sca.testing.conformance.comparison import describe_difference, describe_shape_mismatch
 from sca.testing.conformance.harnesses import (
@@ -106,6 +108,25 @@ def single_mask_output(harness: SegmenterHarness) -> str | None:
     if output.masks is None:
         raise DoesNotApply("the segmenter predicts no masks")
     return describe_shape_mismatch("masks", output.masks, (len(IMAGE_INDEX), 1, MASK_SIZE, MASK_SIZE))
+
+
+@register_check("segmenters")
+@torch.no_grad()
+def confident_masks_match(harness: SegmenterHarness) -> str | None:
+    """`predict_confident_masks`, if defined, returns the masks of `forward` whose predicted IoU is above a minimum."""
+    predict = getattr(harness.component, "predict_confident_masks", None)
+    if predict is None:
+        raise DoesNotApply("the segmenter has no method predict_confident_masks")
+    inputs = harness.make_inputs()
+    for prompt_type, prompts in inputs.prompts.items():
+        output = harness.component(inputs.features, prompts)
+        for min_iou in (-math.inf, float(output.iou_scores.median()), math.inf):
+            expected = select_confident_masks(output.masks, output.iou_scores, min_iou)
+            actual = predict(inputs.features, prompts, min_iou)
+            problem = describe_difference(expected._asdict(), actual._asdict())
+            if problem:
+                return f"{prompt_type} prompts, min_iou {min_iou:g}, compared with forward: {problem}"
+    return None
 
 
 @register_check("segmenters")
