@@ -1,4 +1,4 @@
-"""Settings of the memory allocator.
+"""Settings of the memory allocator, and release of freed memory to the operating system.
 
 Importing this module does not import torch.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of `mallopt`, from malloc.h of glibc
 MAX_KEPT_BLOCK = 2**30  # bytes
@@ -31,3 +32,9 @@ def keep_freed_memory() -> bool:
     set_option = ctypes.CDLL(None).mallopt
     is_set = set_option(M_MMAP_THRESHOLD, MAX_KEPT_BLOCK) or set_option(M_MMAP_THRESHOLD, MAX_KEPT_BLOCK_OF_OLD_GLIBC)
     return bool(is_set and set_option(M_TRIM_THRESHOLD, MAX_KEPT_MEMORY))
+
+
+def release_memory() -> None:
+    """Release freed memory to the operating system if the C library caches it."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc; other libraries release it
+        ctypes.CDLL(None).malloc_trim(0)

@@ -25,6 +25,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from sca.allocator import release_memory
 from sca.inference.region_search import SearchProgress
 from sca.inference.zoom_options import DEFAULT_ZOOM, ZoomValue
 from sca.io.errors import InputError
@@ -35,7 +36,7 @@ from sca.serve.inference_requests import CaptioningStarted, InferenceRequest, Re
 from sca.serve.label_studio import add_label_studio_routes
 from sca.serve.limits import ServerLimits
 from sca.serve.limits_middleware import RequestLimitMiddleware
-from sca.serve.memory_budget import MemoryBudgetError, release_memory
+from sca.serve.memory_budget import MemoryBudgetError
 from sca.serve.root_path import RootPathMiddleware
 from sca.serve.scheduler import SHORT_REQUEST_REGIONS, RequestScheduler
 from sca.serve.schema import (

@@ -1,9 +1,7 @@
-"""Memory budget of requests, and release of freed memory to the system."""
+"""Memory budget of requests."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 
 import torch
@@ -114,12 +112,6 @@ class MemoryLease:
 
     def __exit__(self, *_: object) -> None:
         self._budget.end_lease(self)
-
-
-def release_memory() -> None:
-    """Release freed memory to the system if the C library caches it."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc; other libraries release it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ from PIL import Image
 from sca_registry.contracts import Caption, Captioner, Prompt
 from sca_registry.spec import DEFAULT_GENERATION
 
+from sca.allocator import release_memory
 from sca.inference.batch import caption_requests
 from sca.inference.engine import EncodedImages, MaskEngine
 from sca.inference.region_search import search_everything
@@ -48,7 +49,7 @@ from sca.serve.inference_requests import (
     SchedulerError,
     UnsupportedRequestError,
 )
-from sca.serve.memory_budget import is_out_of_memory, release_memory
+from sca.serve.memory_budget import is_out_of_memory
 
 log: logging.Logger = logging.getLogger("sca.serve")
 
