@@ -241,7 +241,7 @@ def diff(
 def speedup(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="Parts to measure: captions, training, resampler, tiny, pam, everything. Defaults to all."),
+        typer.Argument(help="Parts to measure: captions, training, mixers, tiny, pam, everything. Defaults to all."),
     ] = None,
     encoder: Annotated[str, typer.Option(help="SAM encoder name.", rich_help_panel=MODEL)] = "sam-vit-b",
     language_model: Annotated[str, typer.Option(help="Language model name.", rich_help_panel=MODEL)] = "gpt2",
@@ -283,13 +283,8 @@ def speedup(
 
     from sca.cli.options import check_option_choice
     from sca.io.atomic import write_file
-    from sca_bench.published_comparison import (
-        ComparisonSettings,
-        choose_parts,
-        convert_row_to_dict,
-        print_table,
-        run_comparisons,
-    )
+    from sca_bench.published_comparison import choose_parts, convert_row_to_dict, print_table, run_comparisons
+    from sca_bench.published_procedure import ComparisonSettings
     from sca_bench.worker import collect_environment
 
     resolve_device(device)

@@ -1,9 +1,9 @@
 """Measure the speedup over a reproduction of the original SCA implementation: `sca bench speedup [PART...]`.
 
-This module reproduces the original SCA implementation (arXiv 2312.00869) with the same weights: eight regions at a time
-through the two-way blocks of transformers, each with a copy of its image's grid, eager attention, and one `generate`
-call per eight regions. Both implementations are timed alternately in one run, and their captions are compared. Prints a
-Markdown table of ratios; `--out FILE` writes the measurements as JSON.
+`sca_bench.published_procedure` reproduces the original SCA implementation (arXiv 2312.00869) with the same weights:
+eight regions at a time through the two-way blocks of transformers, each with a copy of its image's grid, eager
+attention, and one `generate` call per eight regions. Both implementations are timed alternately in one run, and their
+captions are compared. Prints a Markdown table of ratios; `--out FILE` writes the measurements as JSON.
 
 captions     regions/s from an encoded image, SAM ViT-B + query + GPT-2, greedy
 training     a step with 16 regions; ours with cached encoder features
@@ -12,8 +12,9 @@ mixers       mix stages of `resampler` and `roi-query` next to that of `query`, 
 tiny         64 regions of sca-tiny in one batch next to one at a time
 pam          captions of an image's regions with Perceive Anything (PAM, arXiv 2506.05302), next to the procedure of its
              code: each region alone through the encoder, the perceiver and `generate`
-everything   captions of an image, estimated from stage times: the original for all 1,024 points, with one encoder pass
-             per 64 points; ours for the 100 regions that remain
+everything   masks and captions of an image from 1,024 points, 100 of which remain: everything mode, next to the
+             original SamAutomaticMaskGenerator and transformers' pipeline `mask-generation`, whose masks are captioned
+             by the reproduction
 
 On a GPU the original implementation may take a minute where ours takes a second. `published_regions` limits the
 regions that it captions; the comparison is then between rates.
@@ -21,194 +22,38 @@ regions that it captions; the comparison is then between rates.
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import Any, cast
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from sca_registry.contracts import Prompt, PromptBatch
 from sca_registry.errors import make_unknown_name_error
 from torch import Tensor
-from transformers import SamMaskDecoderConfig
-from transformers.models.sam.modeling_sam import SamTwoWayTransformer
 
 import sca
 from sca.checkpoints.pam import MODEL_FIELDS
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.language_models.questions import EncodedQuestion
 from sca.model import SegmentCaptioner, count_rows_per_call
-from sca.nn.parameters import share_parameters
-from sca.nn.two_way_transformer import TwoWayBlock, TwoWayTransformer
-from sca.precision import describe_precision, set_precision
-from sca_bench.timing import make_random_inputs, make_training_batch, synchronize
+from sca.precision import describe_precision
+from sca_bench.everything_comparison import compare_everything
+from sca_bench.mask_generators import check_original_code
+from sca_bench.published_procedure import (
+    MAX_NEW_TOKENS,
+    PUBLISHED_REGIONS_PER_CALL,
+    ComparisonSettings,
+    RatioRow,
+    generate_ids,
+    time_alternately,
+    use_published_procedure,
+)
+from sca_bench.timing import make_random_inputs, make_training_batch
 from sca_bench.worker import run_measurement
 
-PUBLISHED_REGIONS_PER_CALL, MAX_NEW_TOKENS, REGIONS_PER_STEP, NUM_GRID_POINTS, NUM_KEPT_REGIONS = 8, 20, 16, 1024, 100
-MEDIUM_PAM_MODEL: Mapping[str, Any] = {  # a small SAM 2.1 and a small Qwen2
-    "encoder": {"name": "sam2.1-hiera-tiny", "resample": "bicubic"},
-    "mixer": "semantic-perceiver",
-    "language_model": {
-        "name": "hf",
-        "config": {
-            "model_type": "qwen2",
-            "vocab_size": 8192,
-            "hidden_size": 256,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-        },
-    },
-}
-RatioRow = tuple[str, str, float, float, str]  # quantity, unit, ours, reference (published or other), note
-
-
-@dataclass(frozen=True)
-class ComparisonSettings:
-    """Settings of the comparison.
-
-    Args:
-        encoder: Name of a SAM encoder.
-        language_model: Name of a language model.
-        batch_size: Images per batch.
-        regions_per_image: Regions per image.
-        published_regions: Regions captioned with the reproduced original implementation; 0 for all.
-        num_repeats: Repeats of each implementation after a warm-up; the fastest counts.
-        device: A torch device.
-        dtype: Data type of the weights and activations.
-        precision: Precision of our implementation in the part "captions", see `sca.load`; None for `dtype`.
-        time_budget: Seconds after which no comparison starts.
-        pam_model: Encoder, mixer and language model of the comparison with PAM.
-    """
-
-    encoder: str | Mapping[str, Any] = "sam-vit-b"
-    language_model: str | Mapping[str, Any] = "gpt2"
-    batch_size: int = 1
-    regions_per_image: int = 32
-    published_regions: int = 0
-    num_repeats: int = 3
-    device: str = "cpu"
-    dtype: str = "float32"
-    precision: str | None = None
-    time_budget: float = math.inf
-    pam_model: Mapping[str, Any] = field(default_factory=lambda: MEDIUM_PAM_MODEL)
-
-    def prepare_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
-        """Move a model to the device and data type, in eval mode."""
-        return model.to(device=self.device, dtype=getattr(torch, self.dtype)).eval()
-
-    def convert_model(self, model: SegmentCaptioner) -> SegmentCaptioner:
-        """Return a copy of a model in the precision of our implementation, or the model itself without one."""
-        if self.precision is None:
-            return model
-        converted = copy.deepcopy(model)
-        set_precision(converted, self.precision)
-        return converted
-
-
-@lru_cache(maxsize=8)
-def load_library_transformer(transformer: TwoWayTransformer) -> SamTwoWayTransformer:
-    """Return transformers' two-way transformer with the parameters of ours, which are not copied."""
-    block = cast("TwoWayBlock", transformer.layers[0])
-    config = SamMaskDecoderConfig(
-        hidden_size=block.mlp.lin1.in_features,
-        mlp_dim=block.mlp.lin1.out_features,
-        num_hidden_layers=len(transformer.layers),
-        num_attention_heads=block.self_attn.num_attention_heads,
-        layer_norm_eps=block.layer_norm1.eps,
-    )
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        library_transformer = SamTwoWayTransformer(config)
-    share_parameters(transformer, library_transformer)
-    return library_transformer.eval()
-
-
-@contextmanager
-def use_published_procedure(model: SegmentCaptioner) -> Iterator[None]:
-    """Make the model compute as the original SCA code inside the context."""
-
-    def forward(
-        self: TwoWayTransformer,
-        tokens: Tensor,
-        grid: Tensor,
-        positional_encoding: Tensor,
-        image_index: Tensor | None = None,
-        return_grids: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        grid = grid if image_index is None else grid[image_index]
-        fused, keys = load_library_transformer(self)(
-            tokens.unsqueeze(1),
-            grid,
-            positional_encoding.unsqueeze(0),
-            None,  # type: ignore[arg-type]  # transformers declares a tensor, but passes None itself
-        )
-        return fused.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, grid.shape[-2:])
-
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    attention_implementations = [
-        config._attn_implementation for config in configs if hasattr(config, "_attn_implementation")
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(TwoWayTransformer, "forward", forward))
-        stack.enter_context(patch("sca.language_models.causal.has_plain_greedy_settings", lambda model: False))
-        for config in configs:
-            if hasattr(config, "_attn_implementation"):
-                config._attn_implementation = "eager"
-        try:
-            yield
-        finally:
-            for config, implementation in zip(
-                (c for c in configs if hasattr(c, "_attn_implementation")), attention_implementations, strict=True
-            ):
-                config._attn_implementation = implementation
-
-
-def time_alternately(settings: ComparisonSettings, *functions: Callable[[], Any]) -> list[float]:
-    """Return the minimum seconds of each function. They run alternately; the first round is a warm-up."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for repeat in range(settings.num_repeats + 1):
-        for function, function_seconds in zip(functions, seconds, strict=True):
-            synchronize(settings.device)
-            start = time.perf_counter()
-            function()
-            synchronize(settings.device)
-            if repeat:
-                function_seconds.append(time.perf_counter() - start)
-    return [min(function_seconds) for function_seconds in seconds]
-
-
-def generate_ids(
-    model: SegmentCaptioner, features: Tensor, prompts: PromptBatch, regions_per_call: int, generate_together: bool
-) -> Tensor:
-    """Generate token ids (N, T).
-
-    Args:
-        model: The model.
-        features: Encoder features.
-        prompts: N prompts.
-        regions_per_call: Regions per call of the segmenter and mixer.
-        generate_together: Generate all captions in one call of the language model, instead of one call per chunk.
-
-    Returns:
-        (N, T) token ids.
-    """
-    prefixes = []
-    for chunk in prompts.iter_chunks(regions_per_call):
-        queries = model.mix(model.segment(features, chunk))
-        prefixes.append(model.build_prefix(queries, torch.ones_like(chunk.image_index)))
-    if generate_together:
-        return model.generate_from_prefix(torch.cat(prefixes), max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0]
-    return torch.cat(
-        [model.language_model.generate(prefix, max_new_tokens=MAX_NEW_TOKENS).sequences[:, 0] for prefix in prefixes]
-    )
+REGIONS_PER_STEP = 16
 
 
 def compare_captioning(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
@@ -362,40 +207,6 @@ def compare_batching(settings: ComparisonSettings) -> list[RatioRow]:
     return [("sca-tiny, one batch vs. a loop", "regions/s", 64 / together_seconds, 64 / loop_seconds, note)]
 
 
-def compare_everything(model: SegmentCaptioner, settings: ComparisonSettings) -> list[RatioRow]:
-    """Estimate captioning everything in an image from stage times."""
-    pixels, box_prompts = make_random_inputs(model, 1, 16)
-    assert box_prompts.boxes is not None  # see `make_random_inputs`
-    point_prompts = PromptBatch(
-        box_prompts.image_index, points=box_prompts.boxes[:, None, :2], labels=box_prompts.image_index.new_ones(16, 1)
-    )
-    with torch.inference_mode():
-        features = model.encode(pixels)
-
-        def caption_published() -> None:
-            with use_published_procedure(model):
-                generate_ids(model, features, point_prompts, PUBLISHED_REGIONS_PER_CALL, generate_together=False)
-
-        encode_seconds, segment_seconds, caption_seconds, published_seconds = time_alternately(
-            settings,
-            lambda: model.encode(pixels),
-            lambda: model.segment(features, point_prompts),
-            lambda: generate_ids(model, features, point_prompts, REGION_BATCH_SIZE, generate_together=True),
-            caption_published,
-        )
-    total_seconds = encode_seconds + NUM_GRID_POINTS * segment_seconds / 16 + NUM_KEPT_REGIONS * caption_seconds / 16
-    published_total_seconds = NUM_GRID_POINTS / 64 * encode_seconds + NUM_GRID_POINTS * published_seconds / 16
-    return [
-        (
-            "everything mode (estimated)",
-            "images/s",
-            1 / total_seconds,
-            1 / published_total_seconds,
-            f"{NUM_KEPT_REGIONS} of {NUM_GRID_POINTS} regions kept",
-        )
-    ]
-
-
 def compare_pam(settings: ComparisonSettings) -> list[RatioRow]:
     """Compare PAM with the procedure of its code, which encodes the image for each region and captions it alone."""
     model = settings.prepare_model(
@@ -457,7 +268,22 @@ def choose_parts(names: Sequence[str]) -> list[str]:
 
 
 def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Iterator[RatioRow]:
-    """Run comparisons and yield their rows."""
+    """Run comparisons and yield their rows.
+
+    Args:
+        parts: Names of comparisons.
+        settings: Their settings.
+
+    Yields:
+        Rows, as soon as they are measured.
+
+    Raises:
+        ValueError: The part "everything" lacks a package, or is not in float32.
+    """
+    if "everything" in parts:
+        check_original_code()
+        if settings.dtype != "float32":
+            raise ValueError(f"the part everything requires float32, not {settings.dtype}; name other parts")
     start = time.monotonic()
     torch.manual_seed(0)
     comparisons: dict[str, Callable[[], list[RatioRow]]] = {

@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from sca_registry.contracts import Batch, MaskTargets, PromptBatch
 from torch import Tensor
 
+from sca.allocator import release_memory
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.model import SegmentCaptioner
 
@@ -173,6 +175,39 @@ def synchronize(device: torch.device | str) -> None:
     """Wait for all pending work of a device."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def measure_peak_memory(function: Callable[[], Any], device: torch.device | str) -> int | None:
+    """Measure by how much the memory of the device grows while a function runs.
+
+    Args:
+        function: Function.
+        device: CUDA device, or "cpu" for the memory of this process.
+
+    Returns:
+        Bytes; None if the operating system does not measure them.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    release_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets VmHWM
+    except OSError:  # not Linux, or not allowed in this container
+        function()
+        return None
+    before = _read_process_memory("VmRSS")
+    function()
+    return _read_process_memory("VmHWM") - before
+
+
+def _read_process_memory(name: str) -> int:
+    """Read a value of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
+    return int(value) * 1024
 
 
 class _DeviceClock:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sca_bench.published_comparison import PUBLISHED_REGIONS_PER_CALL, use_published_procedure
+from sca_bench.published_procedure import PUBLISHED_REGIONS_PER_CALL, use_published_procedure
 from sca_bench.timing import STAGES, make_random_inputs
 
 import sca

@@ -1,7 +1,8 @@
 """`sca bench speedup pam`: the captions equal those of a region at a time, in at most a quarter of its time."""
 
 import pytest
-from sca_bench.published_comparison import MEDIUM_PAM_MODEL, ComparisonSettings, compare_pam
+from sca_bench.published_comparison import compare_pam
+from sca_bench.published_procedure import MEDIUM_PAM_MODEL, ComparisonSettings
 
 from sca.testing.tiny import get_tiny_options
 

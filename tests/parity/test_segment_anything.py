@@ -1,11 +1,10 @@
 """SAM and everything mode equal the original code (github.com/facebookresearch/segment-anything)."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sca_bench.mask_generators import convert_to_original_name
 from sca_registry.contracts import PromptBatch
 from sca_registry.spec import EverythingOptions
 
@@ -21,37 +20,7 @@ pytest.importorskip("segment_anything", reason="the dependency group `references
 from segment_anything import SamAutomaticMaskGenerator  # noqa: E402
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: E402
 
-ORIGINAL_NAME_PATTERNS = (  # of tensors, from ours
-    (r"^vision\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
-    (r"^vision\.neck\.conv1\.", "image_encoder.neck.0."),
-    (r"^vision\.neck\.layer_norm1\.", "image_encoder.neck.1."),
-    (r"^vision\.neck\.conv2\.", "image_encoder.neck.2."),
-    (r"^vision\.neck\.layer_norm2\.", "image_encoder.neck.3."),
-    (r"^vision\.layers\.(\d+)\.", r"image_encoder.blocks.\1."),
-    (r"^vision\.", "image_encoder."),
-    (r"^decoder\.", "mask_decoder."),
-    (r"(iou_prediction_head|hypernetworks_mlps\.\d)\.layers\.0\.", r"\1.layers.1."),
-    (r"\.proj_in\.", ".layers.0."),
-    (r"\.proj_out\.", ".layers.2."),
-    (r"upscale_conv1", "output_upscaling.0"),
-    (r"upscale_layer_norm", "output_upscaling.1"),
-    (r"upscale_conv2", "output_upscaling.3"),
-    (r"mask_embed\.conv1", "mask_downscaling.0"),
-    (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
-    (r"mask_embed\.conv2", "mask_downscaling.3"),
-    (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
-    (r"mask_embed\.conv3", "mask_downscaling.6"),
-    (r"\bpoint_embed\.", "point_embeddings."),
-    (r"shared_embedding\.positional_embedding", "pe_layer.positional_encoding_gaussian_matrix"),
-    (r"\.layer_norm", ".norm"),
-)
 IMAGE_SIZE, HIDDEN_SIZE = 128, 64
-
-
-def convert_to_original_name(name):
-    for pattern, original in ORIGINAL_NAME_PATTERNS:
-        name = re.sub(pattern, original, name)
-    return name
 
 
 @pytest.fixture(scope="module")
