@@ -43,7 +43,7 @@ def iter_precision_lines():
 
 
 def iter_published_lines():
-    files = ("results.json", "pam.json", "fast-mixers.json", "precision-auto.json", "precision-float32.json")
+    files = [path.name for path in sorted((RESULTS / "published-comparison").glob("*.json"))]
     for row in [row for file in files for row in read_results(f"published-comparison/{file}")["rows"]]:
         ours, published = row["ours"], row["reference"]
         numbers = f"{ours:.4g} | {published:.4g} | {ours / published:.2f}"
