@@ -167,4 +167,10 @@ def _compare_results(ours: GeneratorResult, other: GeneratorResult, name: str, n
     yield f"everything mode vs. {name}, masks and captions", "images/s", 1 / total, 1 / other_total, "with encoding"
     if ours.peak_memory is not None and other.peak_memory is not None:
         gigabytes, other_gigabytes = (each / 2**30 for each in (ours.peak_memory, other.peak_memory))
-        yield f"everything mode vs. {name}, memory", "GiB", gigabytes, other_gigabytes, "masks of a batch of points"
+        yield (
+            f"everything mode vs. {name}, memory",
+            "GiB",
+            gigabytes,
+            other_gigabytes,
+            "growth for one batch of points; lower is better",
+        )

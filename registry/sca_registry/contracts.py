@@ -130,8 +130,8 @@ class DecoderMasks(_TensorRows):
 class ConfidentMasks(NamedTuple):
     """Candidate masks of a segmenter whose predicted IoU is above a minimum."""
 
-    masks: Tensor  # (K, 4h, 4w) logits
-    iou_scores: Tensor  # (K,) predicted IoU
+    masks: Tensor  # (K, 4h, 4w) float32 logits
+    iou_scores: Tensor  # (K,) float32 predicted IoU
     region_index: Tensor  # (K,) region of each mask, sorted
 
 

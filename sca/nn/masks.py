@@ -107,4 +107,5 @@ def select_confident_masks(masks: Tensor, scores: Tensor, min_iou: float) -> Con
     """
     scores = scores.float()
     region_index, mask_index = (scores > min_iou).nonzero(as_tuple=True)
-    return ConfidentMasks(masks[region_index, mask_index], scores[region_index, mask_index], region_index)
+    selected = masks[region_index, mask_index].float()
+    return ConfidentMasks(selected, scores[region_index, mask_index], region_index)

@@ -247,14 +247,8 @@ class SamSegmenter(nn.Module):
         """
         inputs = self._prepare_decoder_inputs(features, prompts)
         candidates = slice(0, 1) if self.single_mask else slice(1, None)
-        mask_size = 4 * self.grid_size
-        parts = [  # without regions
-            ConfidentMasks(
-                features.new_zeros(0, mask_size, mask_size),
-                torch.zeros(0, device=features.device),
-                prompts.image_index.new_zeros(0),
-            )
-        ]
+        empty_masks = torch.zeros(0, 4 * self.grid_size, 4 * self.grid_size, device=features.device)
+        parts = [ConfidentMasks(empty_masks, empty_masks[:, 0, 0], prompts.image_index[:0])]
         for chunk, tokens, grid in self.decoder.transformer.iter_chunks(*inputs.transformer_inputs):
             rows = (self.predict_iou(tokens)[:, candidates].float() > min_iou).any(1).nonzero()[:, 0]
             if not len(rows):

@@ -105,6 +105,7 @@ def test_two_way_transformer_grid_of_one_region_has_channels_last(transformer, t
 
 @pytest.mark.parametrize("regions_per_chunk", [1, 2, 100])
 def test_predict_confident_masks_upscales_only_the_grids_of_confident_regions(monkeypatch, regions_per_chunk):
+    torch.manual_seed(0)
     model = sca.compose({"name": "sam", **get_tiny_options("encoder", "sam")}, "query", "tiny-gpt2", weights=False)
     grid_size = model.segmenter.grid_size
     max_elements = regions_per_chunk * model.segmenter.channels * grid_size**2
@@ -121,7 +122,7 @@ def test_predict_confident_masks_upscales_only_the_grids_of_confident_regions(mo
     prompts = PromptBatch(image_index, points=points, labels=torch.ones(9, 1, dtype=torch.long))
     with torch.inference_mode():
         regions = model.segment(features, prompts)
-        min_iou = float(regions.iou_scores.amax(1).median())
+        min_iou = float(regions.iou_scores.amax(1).sort().values[4:6].mean())  # between two scores
         expected = select_confident_masks(regions.masks, regions.iou_scores, min_iou)
         upscaled_rows.clear()
         confident = model.predict_confident_masks(features, prompts, min_iou)
