@@ -2,7 +2,8 @@
 # Measure on a GPU: bash benchmarks/gpu/run.sh [--device cpu] [--time-budget 450] [--only PART...]
 #
 # 1. Where the network is: bash benchmarks/gpu/prepare.sh      fills .gpu/ (wheels, rows of earlier runs)
-# 2. On the GPU, in a copy of the working tree with .gpu/ in it: bash benchmarks/gpu/run.sh
+# 2. On the GPU, in a copy of benchmarks/gpu/, tests/data/golden/ and .gpu/: bash benchmarks/gpu/run.sh
+#    (`git sparse-checkout set benchmarks/gpu tests/data/golden` leaves no other folder in a working tree)
 #    It needs Python 3.12 with torch, torchvision, transformers, accelerate, peft, timm, typer and rich, and no network.
 #    It ends within --time-budget seconds, and writes rows.jsonl, log.txt and device.txt into $OUT (default: out/gpu).
 #    Rows in .gpu/rows that the same device made are not measured again. A part that fails is a row with its reason.

@@ -33,6 +33,7 @@ from sca.builder import build
 from sca.evaluation.evaluate import evaluate
 from sca.evaluation.predictions import PromptingOptions
 from sca.inference.factory import load_captioner
+from sca.io.errors import NonFiniteWeightsError
 from sca.model import SegmentCaptioner
 from sca.plan import plan_model
 from sca_bench.image_scores import collect_image_scores
@@ -291,7 +292,7 @@ def _classify_error(error: BaseException) -> str:
         return "out-of-memory"
     if isinstance(error, RuntimeError) and any(message in str(error).lower() for message in OUT_OF_MEMORY_MESSAGES):
         return "out-of-memory"
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, NonFiniteWeightsError):
         return "non-finite"
     return "import-error" if isinstance(error, ImportError) else "failed"
 

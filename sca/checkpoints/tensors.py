@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sca.io.errors import InputError
+from sca.io.errors import InputError, NonFiniteWeightsError
 from sca.io.hub import resolve_local_path
 from sca.io.weight_files import format_first_names, hash_tensors
 from sca.model import SegmentCaptioner
@@ -39,14 +39,14 @@ def check_finite_weights(model: torch.nn.Module, subject: str) -> None:
         subject: Subject of the error message.
 
     Raises:
-        InputError: A tensor is not finite.
+        NonFiniteWeightsError: A tensor is not finite.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     non_finite_names = [
         name for name, tensor in model.state_dict().items() if not _is_finite(tensor, name in parameters)
     ]
     if non_finite_names:
-        raise InputError(
+        raise NonFiniteWeightsError(
             f"{subject} has NaN or infinite weights: {format_first_names(non_finite_names)}; copy or train it again"
         )
 

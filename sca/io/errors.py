@@ -37,6 +37,10 @@ class ImageMemoryError(InputError):
     """Image that does not fit into memory."""
 
 
+class NonFiniteWeightsError(InputError):
+    """Checkpoint with weights that are NaN or infinite."""
+
+
 class DifferentRunError(OutputError):
     """Folder or journal of a run with other settings, which may be replaced."""
 

@@ -56,6 +56,11 @@ SKIPPED_LINES = (  # pattern, reason
         r"onnx_captions|--layout onnx|\[onnx\]|onnxruntime",
         "requires the extra onnx; tests/checkpoints/test_onnx_export.py runs the example",
     ),
+    (r"^python benchmarks/", "studies take minutes; tests/bench runs smaller ones"),
+    (r"runs/(own|sca-tiny)/model|runs/mine/model portable", "requires a model that a reader has trained"),
+    (r"^sca caption IMAGE .*--question", "requires a model for questions; tests/cli/test_cli_questions.py trains one"),
+    (r"openai url=", "requires a server; tests/captioners/test_chat_gateway.py starts one"),
+    (r"model=pam-", "requires a checkpoint of PAM; tests/training/test_pam_finetuning.py has a tiny one"),
     (r"mmdet|rtmdet", "requires weights of MMDetection; the tests of the plugin use small ones"),
 )
 RECIPE_TOML = """
@@ -78,6 +83,16 @@ encoder = {name = "tiny-vit", image_size = 64}
 mixer = "masked-pool"
 language_model = "tiny-gpt2"
 task_tokens = 2
+
+[train]
+recipe = "sca-tiny"
+steps = 8
+batch_size = 1
+warmup_steps = 1
+
+[evaluate]
+dataset = { name = "scenes", num_images = 5, image_size = 64 }
+metrics = ["cider-d"]
 
 [benchmark]
 regions_per_image = [1]
@@ -154,6 +169,8 @@ class DocumentEnvironment:
 def create_files(folder, sam_folder, hub):
     """Create the files that the pages assume, and fill the Hub with the weights that they load by name."""
     shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / "benchmarks").mkdir()
+    (folder / "benchmarks/pairs").symlink_to(ROOT / "benchmarks/pairs")
     scenes = {split: Scenes(split, num_images=6, image_size=96) for split in ("train", "val", "test")}
     layouts = {
         "street": "coco",
@@ -205,7 +222,7 @@ def fill_hub(hub, sam_folder, folder):
     )
     hub.models["openai-community/gpt2-large"] = language_model
     (folder / "judge").mkdir()
-    hub.models[sca_registry.language_models.get_card("qwen3-4b").options["weights"]] = write_judge(folder / "judge")
+    hub.models[sca_registry.language_models.get_card("phi-4-mini").options["weights"]] = write_judge(folder / "judge")
     for size in ("base", "large", "huge"):
         hub.models[f"facebook/sam-vit-{size}"] = sam_folder
     build_tiny_model("sam2", SAM2_CONFIGS["sam2"]).save_pretrained(folder / "sam2")
