@@ -66,8 +66,9 @@ def export_dataset(
     - `vg`: `image_data.json`, `region_descriptions.json` (one region per phrase with new ids, boxes in integer pixels),
       `densecap_splits.json` and `VG_100K/*.jpg`. Has no masks or class names; the name replaces missing phrases. Read
       it with `VisualGenome(split, root=folder)`.
-    - `refcoco`: `instances.json`, `refs(unc).p` (one ref per region with phrases) and `images/*.png`. Read it with
-      `RefCoco(split, root=folder)`. `refcocog` has the same refs in `refs(google).p` and `refs(umd).p` instead.
+    - `refcoco`: `instances.json` (all regions), `refs(unc).p` (one ref per region with phrases) and `images/*.png`.
+      Read it with `RefCoco(split, root=folder)`. `refcocog` has the same refs in `refs(google).p` and `refs(umd).p`
+      instead.
 
     The folder is written atomically.
 

@@ -25,7 +25,8 @@ class ComprehensionOptions:
     """Options of referring expression comprehension.
 
     Args:
-        proposer: Proposer of the boxes; None for the boxes of all regions of the image in the dataset.
+        proposer: Proposer of the boxes; None for the boxes of all regions of the image in the dataset, including those
+            without phrases.
     """
 
     proposer: Proposer | None = None

@@ -98,6 +98,41 @@ def test_refcoco_split_is_that_of_the_expression_not_the_image(write_refcoco):
     assert ids == {"train": [(1, [1])], "val": [(1, [2, 5]), (2, [3])], "testA": [(2, [4])]}
 
 
+def test_refcoco_with_all_objects_reads_every_annotation_of_the_images_of_a_split(write_refcoco):
+    repeated = make_ref(6, "val", ann_id=102)
+    crowds = (make_ref(7, "unused"), make_ref(8, "val"))
+    content = make_instances(*REFS, *crowds)
+    for each in content["annotations"][-2:]:
+        each["iscrowd"] = 1
+    root = write_refcoco((*REFS, repeated, crowds[1]), content=content)
+    assert [len(sample.regions) for sample in RefCoco("val", root=root)] == [4, 1]
+    dataset = RefCoco("val", root=root, objects="all")
+    phrases = [{region.id: region.phrases for region in sample.regions} for sample in dataset]
+    assert phrases == [
+        {
+            101: (),  # of another split
+            102: ("one 2", "other 2", "one 6", "other 6"),
+            105: ("one 5", "other 5"),
+            108: ("one 8", "other 8"),
+        },
+        {103: ("one 3", "other 3"), 104: ()},
+    ]
+    unreferred = dataset[0].regions[0]
+    assert (unreferred.box, unreferred.name, unreferred.mask is None) == ((1, 4, 11, 12), "cat", False)
+    assert dataset.skipped == {"crowd": 1}
+    assert [sample.image_id for sample in RefCoco("train", root=root, objects="all")] == [1]
+    with pytest.raises(ValueError, match="objects is 'al'"):
+        RefCoco("val", root=root, objects="al")
+
+
+def test_refcoco_with_all_objects_skips_only_a_broken_annotation(write_refcoco):
+    content = make_instances(*REFS)
+    content["annotations"][0]["bbox"] = [1, 2, 3]
+    dataset = RefCoco("val", root=write_refcoco(content=content), objects="all")
+    assert [[region.id for region in sample.regions] for sample in dataset] == [[102, 105], [103, 104]]
+    assert dataset.skipped.total() == 1
+
+
 @pytest.mark.parametrize(
     ("name", "collection", "by"), [("refcoco-plus", "refcoco+", "unc"), ("refcocog", "refcocog", "umd")]
 )

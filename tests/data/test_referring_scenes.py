@@ -216,3 +216,10 @@ def test_export_in_the_layout_of_refcoco_reads_back_equal(tmp_path, collection, 
             assert np.array_equal(read_sample.image, sample.image)
             fields = [(each.box, each.mask, each.name, each.phrases) for each in read_sample.regions]
             assert fields == [(each.box, each.mask, each.name, each.phrases) for each in referents]
+        with_all_objects = datasets.build(
+            NAMES[collection], split, root=str(tmp_path), split_by=split_by, objects="all"
+        )
+        for read_sample, (sample, _) in zip(with_all_objects, samples, strict=True):
+            fields = [(each.id, each.box, each.mask, each.name, each.phrases) for each in read_sample.regions]
+            assert fields == [(each.id, each.box, each.mask, each.name, each.phrases) for each in sample.regions]
+    assert any(len(referents) < len(sample.regions) for sample, referents in samples)

@@ -11,6 +11,7 @@ from sca_registry.contracts import Prompt, Proposals
 
 import sca
 from sca.data.export import export_dataset
+from sca.data.referring_scenes import ReferringScenes
 from sca.data.scenes import Scenes
 from sca.evaluation.comprehension import ComprehensionOptions
 from sca.evaluation.evaluate import evaluate, score_file
@@ -45,6 +46,42 @@ def test_comprehension_on_refcoco_files_finds_the_described_regions(engine, root
     assert score_file(tmp_path).scores == report.scores
     record = report.records[0]
     assert [each["text"] for each in record["expressions"]] == record["truth"]["phrases"]
+
+
+def test_comprehension_on_refcoco_files_compares_all_annotated_objects(engine, tmp_path):
+    """The only expression of the image is true of another object, which no expression refers to."""
+    sample = Scenes("val", num_images=1)[0]
+    referent, described, *others = sample.regions
+    unreferred = [replace(region, phrases=()) for region in (described, *others)]
+    regions = (replace(referent, phrases=(described.phrases[-1],)), *unreferred)
+    root = export_dataset({"val": [sample._replace(regions=regions)]}, tmp_path / "files", "refcoco")
+    run, *_ = read_protocol("refcoco-comprehension").runs
+    dataset = {"name": run.dataset, "root": str(root), **run.dataset_options}
+    report = evaluate(engine, dataset, run.split, prompting=run.prompting, metrics=["comprehension"])
+    assert report.scores == {"comprehension/accuracy": 0, "comprehension/expressions": 1}
+    (record,) = report.records
+    assert record["truth"]["box"] == list(referent.box)
+    assert record["expressions"][0]["box"] == list(described.box)
+
+
+@pytest.mark.slow
+def test_comprehension_on_exported_files_equals_that_on_the_scenes(engine, tmp_path):
+    scenes = ReferringScenes("val", num_images=6)
+    (run, *_), (scenes_run, *_) = (
+        read_protocol(name).runs for name in ("refcoco-comprehension", "referring-scenes-comprehension")
+    )
+    root = export_dataset(scenes, tmp_path / "files", "refcoco")
+    files = {"name": run.dataset, "root": str(root), **run.dataset_options}
+    reports = [
+        evaluate(engine, dataset, run.split, prompting=scenes_run.prompting, metrics=["comprehension"])
+        for dataset in (files, scenes)
+    ]
+    first, second = ([(record["region_id"], record["expressions"]) for record in report.records] for report in reports)
+    assert [region_id for region_id, _ in first] == [region_id for region_id, _ in second]
+    for (_, expressions), (_, expected) in zip(first, second, strict=True):
+        assert [(each["text"], each["box"]) for each in expressions] == [
+            (each["text"], each["box"]) for each in expected
+        ]
 
 
 class TwoBoxes:
