@@ -17,6 +17,7 @@ from sca_registry.spec import ComponentSpec, ModelSpec, check_generation
 
 from sca.devices import resolve_device
 from sca.hints import check_argument_names
+from sca.language_models.quantization import check_quantization
 from sca.model import SegmentCaptioner
 
 
@@ -82,6 +83,7 @@ def build(spec: ModelSpec, device: str | torch.device = "cpu", weights: bool = T
         )
     target_device = resolve_device(device, allow_meta=True)
     check_compatible(spec)
+    check_quantization(spec, target_device.type)
     use_random_weights = not weights or target_device.type == "meta"
     if use_random_weights:
         spec = disable_pretrained_weights(spec)

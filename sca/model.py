@@ -35,6 +35,7 @@ from sca.language_models.questions import EncodedQuestion, encode_question
 from sca.nn.geometry import GeometryEmbedding, compute_geometry
 from sca.nn.masks import select_confident_masks
 from sca.nn.projection import Projection
+from sca.nn.quantized_layers import count_parameters
 from sca.nn.region_batch import concat_segmenter_outputs
 
 if TYPE_CHECKING:
@@ -658,11 +659,11 @@ class SegmentCaptioner(SegmentationModel):
         """Return a table with one line per group: the number of parameters and whether they are trainable."""
         lines = []
         for group, parameters in self.group_parameters().items():
-            count, is_trainable = sum(p.numel() for p in parameters), any(p.requires_grad for p in parameters)
+            count, is_trainable = count_parameters(parameters), any(p.requires_grad for p in parameters)
             lines.append(f"{group:<15}{count:>15,}  {'trainable' if is_trainable else 'frozen'}")
         num_trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return "\n".join(
-            [*lines, f"{'total':<15}{sum(p.numel() for p in self.parameters()):>15,}  {num_trainable:,} trainable"]
+            [*lines, f"{'total':<15}{count_parameters(self.parameters()):>15,}  {num_trainable:,} trainable"]
         )
 
 

@@ -27,6 +27,7 @@ from sca.devices import PRECISIONS, resolve_precision
 from sca.inference.engine import REGION_BATCH_SIZE
 from sca.inference.zoom import CROPS_PER_BATCH
 from sca.io.validation import check_range
+from sca.language_models.quantization import check_quantization, get_quantization, replace_by_estimates
 from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca.model import SegmentCaptioner, count_rows_per_call
 from sca.nn.two_way_transformer import TwoWayTransformer
@@ -89,7 +90,9 @@ def plan_model(
         raise ValueError(f"zoom_crops is {zoom_crops}, but training has no zoom; omit zoom_crops, or plan captioning")
     if chunk_size and not training:
         raise ValueError(f"chunk_size is {chunk_size}, but captioning has no gradients; omit it, or plan training")
-    check_planned_precision(precision, training, on_gpu or gpu is not None)
+    on_gpu = on_gpu or gpu is not None
+    check_planned_precision(precision, training, on_gpu)
+    check_quantization(spec, "cuda" if on_gpu else "cpu", precision, training)
     memory_budget = None if gpu is None else int(resolve_gpu_memory(gpu) * GIB * USABLE_MEMORY_FRACTION)
     model = build(spec, "meta")
     model.language_model = convert_tiny_gpt2(model.language_model)  # the meter measures caches of transformers
@@ -99,13 +102,19 @@ def plan_model(
     weight_bytes = sum(map(_count_float32_bytes, (*model.parameters(), *model.buffers())))
     tensor_sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     stored_names = list_stored_tensors(model)
-    if on_gpu or gpu is not None:  # a GPU computes all regions of a chunk together
+    if on_gpu:  # a GPU computes all regions of a chunk together
         for module in _find_two_way_transformers(model):
             module.max_elements_per_chunk = 2**62
     dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
     if precision == "int8":
         set_precision(model, precision)
-    meter = _CostMeter(model if training else model.to(dtype).requires_grad_(False), dtype)
+    if not training:
+        model.to(dtype).requires_grad_(False)
+    quantization = get_quantization(spec)
+    quantized_bytes = 0
+    if quantization is not None:
+        quantized_bytes = replace_by_estimates(cast("CausalLanguageModel", model.language_model).model, quantization)
+    meter = _CostMeter(model, dtype)
     measure = (
         partial(meter.measure_training_step, chunk_size=chunk_size)
         if training
@@ -139,6 +148,8 @@ def plan_model(
         parameters=groups,
         trainable_parameters=num_trainable,
         weight_bytes=weight_bytes,
+        quantization=quantization,
+        quantized_bytes=quantized_bytes,
         checkpoint_bytes=sum(size for name, size in tensor_sizes.items() if name in stored_names),
         flops=flops,
         memory=memory,

@@ -62,6 +62,8 @@ class Plan:
         parameters: Number of parameters per group.
         trainable_parameters: Number of trainable parameters.
         weight_bytes: Bytes of all weights in float32. The download may be half as large, or contain unused components.
+        quantization: Quantization of the weights of the language model; None for none.
+        quantized_bytes: Bytes of its quantized weights and their scales, which are not in float32 in memory.
         checkpoint_bytes: Bytes of a checkpoint without the pretrained weights that it refers to.
         flops: Floating-point operations per stage for all images and regions; a multiply-add counts as two.
         memory: Peak bytes per stage, weights included.
@@ -93,6 +95,8 @@ class Plan:
     zoom_crops: int = 0
     chunk_size: int = 0
     max_chunk_size: int | None = None
+    quantization: str | None = None
+    quantized_bytes: int = 0
 
     @property
     def peak_memory(self) -> int:

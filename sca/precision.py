@@ -23,6 +23,7 @@ from sca.devices import resolve_precision
 from sca.io.text import format_count
 from sca.nn.gpt2 import Conv1D
 from sca.nn.int8_linear import Int8Linear, has_fast_int8, has_int8_operators
+from sca.nn.quantized_layers import has_quantized_weights, iter_quantized_layers, set_compute_dtype
 from sca.nn.two_way_transformer import TwoWayForward
 
 FLOAT32_MODULES = ("segmenter", "projection", "geometry")  # top-level modules without int8 layers
@@ -54,6 +55,8 @@ def set_precision(model: nn.Module, precision: str | torch.dtype | None, min_wid
         _choose_precision(model, min_width)
     elif name == "int8":
         check_int8_support(_get_device(model))
+        if has_quantized_weights(model):
+            raise ValueError("int8 does not support models with quantized weights; use precision=float32 or bfloat16")
         layers = dict(_iter_wide_layers(model, min_width))
         if not layers:
             raise ValueError(
@@ -62,7 +65,7 @@ def set_precision(model: nn.Module, precision: str | torch.dtype | None, min_wid
             )
         _convert_layers(model.float(), layers)
     elif name is not None:
-        model.to(getattr(torch, name))
+        _convert_dtype(model, getattr(torch, name))
 
 
 def check_int8_support(device: torch.device) -> None:
@@ -89,14 +92,20 @@ def describe_precision(model: nn.Module) -> str:
         model: Model.
 
     Returns:
-        Dtypes of the parameters, the most frequent first, after the number of int8 layers, such as
-        "int8 (124 linear layers), float32".
+        Dtypes of the parameters, the most frequent first, after the number of int8 layers and of layers with quantized
+        weights, such as "int8 (124 linear layers), float32" or "nf4 weights (154 linear layers), bfloat16".
     """
     num_int8_layers = sum(isinstance(module, Int8Linear) for module in model.modules())
+    quantized_layers = dict(iter_quantized_layers(model))
+    quantized_weights = {id(layer.weight) for layer in quantized_layers.values()}
     dtypes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
-        dtypes[parameter.dtype] += parameter.numel()
+        if id(parameter) not in quantized_weights:
+            dtypes[parameter.dtype] += parameter.numel()
     names = [f"int8 ({format_count(num_int8_layers, 'linear layer')})"] if num_int8_layers else []
+    if quantized_layers:
+        quantization = getattr(getattr(model, "language_model", None), "quantization", "quantized")
+        names.append(f"{quantization} weights ({format_count(len(quantized_layers), 'linear layer')})")
     return ", ".join([*names, *(str(dtype).removeprefix("torch.") for dtype, _ in dtypes.most_common())])
 
 
@@ -112,6 +121,28 @@ def check_has_float_weights(model: nn.Module, action: str) -> None:
     """
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ValueError(f"a model with int8 layers cannot be {action}; load it with precision=float32")
+
+
+def check_has_full_weights(model: nn.Module) -> None:
+    """Check that a model can be exported: it has neither int8 layers nor quantized weights.
+
+    Args:
+        model: Model.
+
+    Raises:
+        ValueError: It has.
+    """
+    check_has_float_weights(model, "exported")
+    if has_quantized_weights(model):
+        raise ValueError(
+            "a model with quantized weights cannot be exported, except in the layout portable; remove quantization "
+            "from its spec.json to export it with the original weights"
+        )
+
+
+def _convert_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    set_compute_dtype(model, dtype)
 
 
 def _get_device(model: nn.Module) -> torch.device:
@@ -166,14 +197,17 @@ def _choose_precision(model: nn.Module, min_width: int) -> None:
     """Convert a model to the fastest precision of its device, and log the choice."""
     device, reason = _get_device(model), ""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        model.to(torch.bfloat16)
+        _convert_dtype(model, torch.bfloat16)
     elif device.type == "cpu":
-        reason = _choose_cpu_precision(model.float(), min_width)
+        _convert_dtype(model, torch.float32)
+        reason = _choose_cpu_precision(model, min_width)
     logger.info("sca: precision auto: %s%s", describe_precision(model), reason)
 
 
 def _choose_cpu_precision(model: nn.Module, min_width: int) -> str:
     """Convert the wide layers of a float32 model to int8 if that is faster, and return the reason."""
+    if has_quantized_weights(model):
+        return "; int8 does not support models with quantized weights"
     if not has_fast_int8():
         return "; this CPU has no AVX-512 VNNI instructions"
     layers = dict(_iter_wide_layers(model, min_width))

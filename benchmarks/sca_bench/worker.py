@@ -35,6 +35,7 @@ from sca.evaluation.predictions import PromptingOptions
 from sca.inference.factory import load_captioner
 from sca.io.errors import NonFiniteWeightsError
 from sca.model import SegmentCaptioner
+from sca.nn.quantized_layers import count_parameters
 from sca.plan import plan_model
 from sca_bench.image_scores import collect_image_scores
 from sca_bench.row import SweepRow
@@ -140,7 +141,7 @@ def _make_row(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptions)
             model = build(spec, config["device"], weights=False)
         else:
             model = _train_model(row, sweep_row, run_options).to(config["device"])
-    groups = {name: sum(p.numel() for p in parameters) for name, parameters in model.group_parameters().items()}
+    groups = {name: count_parameters(parameters) for name, parameters in model.group_parameters().items()}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     row.setdefault("parameters", {**groups, "total": sum(groups.values()), "trainable": trainable})
     if config.get("evaluate"):

@@ -24,7 +24,7 @@ from sca.io.weight_files import SAFETENSORS_FILE, format_first_names
 from sca.language_models.causal import SPECIAL_TOKEN_FIELDS
 from sca.language_models.tiny_gpt2 import convert_tiny_gpt2
 from sca.model import SegmentCaptioner
-from sca.precision import check_has_float_weights
+from sca.precision import check_has_full_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,9 +55,9 @@ def write_published_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     Raises:
         InputError: The layout does not support the model.
         OutputError: The folder cannot be written.
-        ValueError: The model has int8 layers.
+        ValueError: The model has int8 layers or quantized weights.
     """
-    check_has_float_weights(model, "exported")
+    check_has_full_weights(model)
     problem = _find_unpublishable(model)
     if problem:
         raise InputError(f"the original SCA layout does not support {problem}")
@@ -91,9 +91,9 @@ def write_language_model(model: SegmentCaptioner, folder: Path) -> Path:
 
     Raises:
         OutputError: The folder cannot be written.
-        ValueError: The model has int8 layers.
+        ValueError: The model has int8 layers or quantized weights.
     """
-    check_has_float_weights(model, "exported")
+    check_has_full_weights(model)
     causal_model = merge_lora(_get_causal_model(model))
     with write_folder(folder) as draft, silence_transformers():
         causal_model.save_pretrained(draft)

@@ -33,6 +33,7 @@ from sca.hints import check_argument_names
 from sca.io.atomic import get_previous_folder
 from sca.io.errors import InputError
 from sca.io.hub import fetch_model_folder, find_local_folder, is_cached, resolve_local_path, suggest_path
+from sca.language_models.quantization import check_quantization
 from sca.model import SegmentCaptioner
 from sca.precision import check_int8_support, set_precision
 
@@ -111,13 +112,15 @@ def load_uncalibrated(
 
 def _load_model(
     source: str | Path,
-    device: torch.device | str,
+    device: torch.device,
     precision: str | None,
     trust: Trust,
     revision: str | None,
     with_uncertainty: bool = True,
 ) -> SegmentCaptioner:
     folder, spec = open_checkpoint(source, trust, revision)
+    if spec is not None:
+        check_quantization(spec, device.type, precision)
     with _shorten_errors(folder):
         if spec is None:
             model = _load_foreign_checkpoint(folder, trust)

@@ -49,6 +49,7 @@ from sca.io.json import open_regular_file, read_json
 from sca.io.validation import check_object
 from sca.io.weight_files import describe_run_folder, hash_tensors
 from sca.language_models.plain_tokenizer import PlainTokenizer, read_plain_tokenizer
+from sca.language_models.quantization import QUANTIZATIONS
 from sca.model import SegmentCaptioner
 from sca.precision import check_has_float_weights
 
@@ -293,13 +294,16 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
 
     Returns:
         The version of this package, its commit if it is a git checkout, and for each component its distribution,
-        version, license and a fingerprint of its pretrained weights.
+        version, license, quantization and a fingerprint of its pretrained weights.
     """
     origins = {}
     for kind, component_spec in resolve_components(model.spec, model.encoder).items():
         entry = get_registry(kind).load_entry(component_spec.name)
         origins[kind] = {"name": component_spec.name, "distribution": entry.distribution, "version": entry.version}
         component = getattr(model, kind)
+        if quantization := getattr(component, "quantization", None):
+            library = QUANTIZATIONS[quantization].library
+            origins[kind]["quantization"] = {"name": quantization, "library": library, "version": version(library)}
         source = getattr(component, "checkpoint", None)
         card_options = get_registry(kind).get_card(component_spec.name).options
         if source == card_options.get("weights"):  # the license is that of the card's weights

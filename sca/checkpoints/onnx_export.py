@@ -21,7 +21,7 @@ from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.plain_tokenizer import PlainTokenizer
 from sca.language_models.tiny_gpt2 import TinyGpt2, convert_tiny_gpt2
 from sca.model import SegmentCaptioner
-from sca.precision import check_has_float_weights
+from sca.precision import check_has_full_weights
 
 MAX_DIMENSION = 2**20  # bound of the dynamic dimensions
 TOLERANCE = 1e-4  # between ONNX Runtime and torch, relative to the largest value if that is above 1
@@ -42,10 +42,10 @@ def write_onnx_graphs(model: SegmentCaptioner, folder: Path) -> Path:
 
     Raises:
         InputError: A component cannot be exported, or packages are missing.
-        ValueError: The model has int8 layers.
+        ValueError: The model has int8 layers or quantized weights.
         OutputError: The folder cannot be written.
     """
-    check_has_float_weights(model, "exported")
+    check_has_full_weights(model)
     problem = _find_unexportable(model)
     if problem:
         raise InputError(f"the layout onnx does not support {problem}")

@@ -37,7 +37,7 @@ from sca.language_models.causal import SPECIAL_TOKEN_FIELDS
 from sca.language_models.pam_prompts import PROMPT_TEMPLATE, TASK_PROMPTS
 from sca.mixers.semantic_perceiver import SemanticPerceiverMixer
 from sca.model import SegmentCaptioner
-from sca.precision import check_has_float_weights
+from sca.precision import check_has_full_weights
 from sca.segmenters.sam2 import Sam2Segmenter
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def write_pam_checkpoint(model: SegmentCaptioner, folder: Path) -> Path:
     Raises:
         InputError: The layout does not support the model.
         OutputError: The folder cannot be written.
-        ValueError: The model has int8 layers.
+        ValueError: The model has int8 layers or quantized weights.
     """
-    check_has_float_weights(model, "exported")
+    check_has_full_weights(model)
     problem = _find_unsupported(model)
     if problem:
         raise InputError(f"the layout of PAM does not support {problem}")

@@ -12,13 +12,14 @@ from sca_registry import get_registry
 from sca_registry.overrides import MODEL_COMPONENTS
 from sca_registry.spec import ComponentSpec, ModelSpec
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from sca.io.errors import InputError, NonFiniteWeightsError
 from sca.io.hub import resolve_local_path
 from sca.io.weight_files import format_first_names, hash_tensors
 from sca.model import SegmentCaptioner
+from sca.nn.quantized_layers import list_inner_tensors
 
 COMPARABLE_DTYPES = (  # dtypes that torch.aminmax supports
     torch.float64,
@@ -53,6 +54,8 @@ def check_finite_weights(model: torch.nn.Module, subject: str) -> None:
 
 def _is_finite(tensor: Tensor, forbid_infinity: bool) -> bool:
     """Check a tensor in one pass without a copy; minimum and maximum are NaN if any element is."""
+    if is_traceable_wrapper_subclass(tensor):
+        return all(_is_finite(inner, forbid_infinity) for inner in list_inner_tensors(tensor))
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = torch.aminmax(tensor.detach() if tensor.dtype in COMPARABLE_DTYPES else tensor.detach().float())

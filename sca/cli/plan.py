@@ -171,6 +171,9 @@ def print_plan(model_plan: Plan) -> None:
     )
     checkpoint_size = format_bytes(model_plan.checkpoint_bytes)
     print_line(f"{'float32 weights':<16}{format_bytes(model_plan.weight_bytes):>15}  checkpoint: {checkpoint_size}")
+    if model_plan.quantization is not None:
+        label = f"{model_plan.quantization} weights"
+        print_line(f"{label:<16}{format_bytes(model_plan.quantized_bytes):>15}  of the language model, in memory")
     if model_plan.usable_gpu_memory is not None:
         max_regions = model_plan.max_regions_per_image
         fits = "fits" if model_plan.fits_gpu else "does not fit"

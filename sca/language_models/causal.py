@@ -39,11 +39,14 @@ class CausalLanguageModel(nn.Module):
     Attributes:
         hidden_size: Width E of the embeddings.
         max_positions: Maximum length of prefix and caption together; None if the configuration has no limit.
+        quantization: Quantization of the stored weights, see `sca.language_models.quantization`; None for none.
 
     Raises:
         ValueError: The model does not accept embeddings, is not causal, or has fewer embeddings than the tokenizer has
             tokens.
     """
+
+    quantization: str | None = None
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None):
         super().__init__()

@@ -20,6 +20,12 @@ from sca.io.hub import fetch_model_folder, load_pretrained, make_config, silence
 from sca.io.weight_files import has_tokenizer, translate_load_errors
 from sca.language_models.causal import CausalLanguageModel, TextTokenizer
 from sca.language_models.phi import FusedPhiForCausalLM, has_fused_attention
+from sca.language_models.quantization import (
+    check_layers,
+    check_weights_are_full,
+    make_load_options,
+    prepare_quantized_model,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +44,8 @@ class HfLanguageModel(CausalLanguageModel):
             with token ids.
         eos_token: EOS token; None for that of the tokenizer.
         dtype: Dtype of the parameters: "float32", "bfloat16" or "float16".
+        quantization: How the weights of the linear layers are stored: "int8", "nf4" or "int4", see
+            `sca.language_models.quantization`; None for `dtype`.
         gradient_checkpointing: Recompute the layers in the backward pass to save memory.
         trust_remote_code: Run code stored with the weights; use it only with sources that you trust.
 
@@ -54,6 +62,7 @@ class HfLanguageModel(CausalLanguageModel):
         tokenizer: str | None = None,
         eos_token: str | None = None,
         dtype: str = "float32",
+        quantization: str | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ):
@@ -63,12 +72,20 @@ class HfLanguageModel(CausalLanguageModel):
             raise ValueError(f"trust_remote_code is {trust_remote_code!r}; expected true or false")
         load_options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
         if weights and pretrained:
+            if quantization is not None:
+                check_weights_are_full(weights, revision)
+                load_options |= make_load_options(quantization, load_options["dtype"])
             model: PreTrainedModel = load_pretrained(
                 _resolve_model_class(weights, revision, trust_remote_code), weights, revision, **load_options
             )
         else:
             model = AutoModelForCausalLM.from_config(make_config(weights, revision, config), **load_options)
             model.tie_weights()  # even if the caller disables the initialization of parameters
+            if quantization is not None and model.device.type != "meta":
+                raise ValueError("random weights cannot be quantized; omit quantization, or set weights")
+        if quantization is not None:
+            check_layers(model, quantization)
+            prepare_quantized_model(model)
         tokenizer_folder: Path | None = None
         if tokenizer:
             tokenizer_folder = fetch_model_folder(tokenizer, include_weights=False)
@@ -82,6 +99,7 @@ class HfLanguageModel(CausalLanguageModel):
         )  # a tokenizer that is set later is not stored with the weights
         self.checkpoint: str | None = weights if pretrained else None
         self.revision = revision
+        self.quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
 
     def hidden_states(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from sca.hints import check_argument_names
 from sca.inference.processor import Processor
 from sca.io.run_folder import RunFolder, iter_existing_paths
 from sca.io.validation import check_range
+from sca.language_models.quantization import check_quantization
 from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
@@ -336,6 +337,7 @@ def prepare_training(
             _add_lora(model, recipe)
     else:
         model = build(recipe.model)
+    check_quantization(model.spec, training=True)
     _convert_lora_to_float32(model)
     if recipe.train.fsdp:
         check_shardable(recipe)
@@ -371,6 +373,7 @@ def check_recipe(recipe: Recipe, trust_remote_code: bool = False, allow_external
         options = {**language_models.get_card(component.name).options, **component.options}
         if model.language_model.tokenizer is None and not (options.get("weights") or options.get("tokenizer")):
             raise RegistryError(NO_TOKENIZER_MESSAGE)
+    check_quantization(model.spec, training=True)
     if recipe.train.fsdp:
         check_shardable(recipe)
     check_cacheable(recipe, model)
