@@ -296,7 +296,7 @@ def collect_origin(model: SegmentCaptioner) -> dict[str, Any]:
         The version of this package, its commit if it is a git checkout, and for each component its distribution,
         version, license, quantization and a fingerprint of its pretrained weights.
     """
-    origins = {}
+    origins: dict[str, dict[str, Any]] = {}
     for kind, component_spec in resolve_components(model.spec, model.encoder).items():
         entry = get_registry(kind).load_entry(component_spec.name)
         origins[kind] = {"name": component_spec.name, "distribution": entry.distribution, "version": entry.version}

@@ -6,6 +6,7 @@ Commands import their dependencies when they run. Listing and help never import 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -63,6 +64,8 @@ COMMANDS: dict[str, dict[str, str]] = {
 }
 COMMAND_NAMES: frozenset[str] = frozenset(name for commands in COMMANDS.values() for name in commands)
 COMPLETION_VARIABLE = "_SCA_COMPLETE"  # set by the shell that requests completions
+# Loggers of warnings about GPU kernels when torchao is imported; transformers imports it if it is installed.
+IMPORT_LOGGERS = ("torchao", "torch.utils._pytree")
 # Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
 HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")
 FORMAT_WARNING = warnings.formatwarning
@@ -139,6 +142,8 @@ def main() -> None:
         cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     keep_freed_memory()
     warnings.formatwarning = _format_warning
+    for name in IMPORT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(run_command(sys.argv[1:]))
 
 

@@ -24,7 +24,7 @@ from sca.language_models.quantization import (
     check_layers,
     check_weights_are_full,
     make_load_options,
-    prepare_quantized_model,
+    prepare_layers,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class HfLanguageModel(CausalLanguageModel):
                 raise ValueError("random weights cannot be quantized; omit quantization, or set weights")
         if quantization is not None:
             check_layers(model, quantization)
-            prepare_quantized_model(model)
+            prepare_layers(model, quantization)
         tokenizer_folder: Path | None = None
         if tokenizer:
             tokenizer_folder = fetch_model_folder(tokenizer, include_weights=False)

@@ -19,7 +19,7 @@ from torch import nn
 
 from sca.io.errors import InputError
 from sca.io.hub import fetch_config_fields
-from sca.nn.quantized_layers import QuantizedLinearEstimate, iter_quantized_layers
+from sca.nn.quantized_layers import Int8WeightLinear, QuantizedLinearEstimate, iter_quantized_layers
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
@@ -40,7 +40,6 @@ class Quantization(NamedTuple):
         input_multiple: Number that divides the inputs of each layer.
         is_cpu_only: Whether it runs on a CPU only.
         dequantizes: Whether a layer dequantizes all its weights each time it runs.
-        saves_dequantized: Whether the dequantized weights are kept for the backward pass.
     """
 
     library: str
@@ -49,7 +48,6 @@ class Quantization(NamedTuple):
     input_multiple: int = 1
     is_cpu_only: bool = False
     dequantizes: bool = True
-    saves_dequantized: bool = False
 
 
 QUANTIZATIONS: Mapping[str, Quantization] = {
@@ -57,7 +55,7 @@ QUANTIZATIONS: Mapping[str, Quantization] = {
         "torchao", has_gradients=False, input_multiple=INT4_GROUP_SIZE, is_cpu_only=True, dequantizes=False
     ),
     "nf4": Quantization("bitsandbytes", supports_conv1d=True),
-    "int8": Quantization("torchao", saves_dequantized=True),
+    "int8": Quantization("torchao"),
 }
 
 
@@ -190,9 +188,19 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
         raise ValueError(f"quantization={name} does not support the layer {layer_name}, which {problem}; use nf4")
 
 
-def prepare_quantized_model(model: PreTrainedModel) -> None:
-    """Leave the scales of bitsandbytes out of state dicts: they belong to frozen weights, which are not stored."""
+def prepare_layers(model: PreTrainedModel, name: str) -> None:
+    """Prepare the quantized layers of a model for training and for checkpoints.
+
+    Layers in int8 keep no dequantized weights for the backward pass. The scales of nf4 are left out of state dicts,
+    because they belong to frozen weights, which are not stored.
+
+    Args:
+        model: Quantized model.
+        name: One of `QUANTIZATIONS`.
+    """
     for _, layer in iter_quantized_layers(model):
+        if name == "int8":
+            layer.__class__ = Int8WeightLinear
         layer.register_state_dict_post_hook(_remove_quantization_state)
 
 
@@ -218,9 +226,7 @@ def replace_by_estimates(model: PreTrainedModel, name: str) -> int:
         total += num_bytes
         model.set_submodule(
             layer_name,
-            QuantizedLinearEstimate(
-                outputs, inputs, layer.bias, num_bytes, quantization.dequantizes, quantization.saves_dequantized
-            ),
+            QuantizedLinearEstimate(outputs, inputs, layer.bias, num_bytes, quantization.dequantizes),
         )
     return total
 

@@ -59,6 +59,32 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             layer.weight.scale_and_zero = layer.weight.scale_and_zero.to(dtype)
 
 
+class Int8WeightLinear(nn.Linear):
+    """Linear layer with int8 weights of torchao, which dequantizes them again in the backward pass.
+
+    torchao's own operator keeps the dequantized weights for the backward pass, so that training would take more memory
+    than without quantization.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the layer: (..., I) -> (..., O)."""
+        return _Int8WeightProduct.apply(inputs, self.weight, self.bias)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Int8WeightProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        device = inputs.device.type
+        ctx.weight = weight
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return (gradient.to(ctx.dtype) @ ctx.weight.dequantize(ctx.dtype)).to(gradient.dtype), None, None
+
+
 class QuantizedLinearEstimate(nn.Module):
     """Stand-in for a layer with quantized weights: it has the size and the cost of one, and returns arbitrary values.
 
@@ -68,23 +94,15 @@ class QuantizedLinearEstimate(nn.Module):
         bias: (O,) bias, or None.
         num_bytes: Bytes of the quantized weights and their scales.
         dequantizes: The layer dequantizes all its weights each time it runs.
-        saves_dequantized: The dequantized weights are kept for the backward pass.
     """
 
     def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        bias: nn.Parameter | None,
-        num_bytes: int,
-        dequantizes: bool,
-        saves_dequantized: bool,
+        self, out_features: int, in_features: int, bias: nn.Parameter | None, num_bytes: int, dequantizes: bool
     ):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.dequantizes = dequantizes
-        self.saves_dequantized = saves_dequantized
         self.weight: nn.Parameter = nn.Parameter(
             torch.empty(num_bytes, dtype=torch.uint8, device="meta"), requires_grad=False
         )
@@ -94,5 +112,6 @@ class QuantizedLinearEstimate(nn.Module):
         """Apply a layer of this size: (..., I) -> (..., O)."""
         shape = self.out_features, self.in_features
         dequantized = inputs.new_empty(shape if self.dequantizes else 1)
-        weight = dequantized if self.saves_dequantized else inputs.new_empty(1).expand(shape)
-        return F.linear(inputs, weight, self.bias)
+        outputs = F.linear(inputs, inputs.new_empty(1).expand(shape), self.bias)  # keeps no dequantized weights
+        del dequantized
+        return outputs

@@ -10,6 +10,7 @@ from sca_registry.errors import make_unknown_name_error
 from torch import Tensor, nn
 
 from sca.model import LABEL_SMOOTHING, SegmentCaptioner
+from sca.nn.quantized_layers import iter_quantized_layers
 from sca.training.auxiliary_losses import UNKNOWN_LABEL, AttributeHead, AttributeValues, pool_ground_truth_features
 from sca.training.recipe import TrainOptions
 
@@ -53,6 +54,10 @@ class TrainingModule(nn.Module):
         if loss_weights.get("feature_attributes"):
             self.heads["feature_attributes"] = AttributeHead(model.segmenter.channels, 1, attributes.region_attributes)
         self.recent_losses: dict[str, list[Tensor]] = {}
+        # read by DistributedDataParallel, which cannot copy these weights from the first process to the others
+        self._ddp_params_and_buffers_to_ignore: list[str] = [
+            f"{name}.weight" for name, _ in iter_quantized_layers(self)
+        ]
 
     def forward(self, batch: Batch, loss_scales: Mapping[str, float] | None = None) -> Tensor:
         """Return the weighted sum of all losses.
