@@ -19,7 +19,7 @@ from torch import nn
 
 from sca.io.errors import InputError
 from sca.io.hub import fetch_config_fields
-from sca.nn.quantized_layers import Int8WeightLinear, QuantizedLinearEstimate, iter_quantized_layers
+from sca.nn.quantized_layers import Int4WeightLinear, Int8WeightLinear, QuantizedLinearEstimate, iter_quantized_layers
 
 if TYPE_CHECKING:
     from sca_registry.spec import ModelSpec
@@ -189,19 +189,23 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
 
 
 def prepare_layers(model: PreTrainedModel, name: str) -> None:
-    """Prepare the quantized layers of a model for training and for checkpoints.
+    """Prepare the quantized layers of a model for their use here.
 
-    Layers in int8 keep no dequantized weights for the backward pass. The scales of nf4 are left out of state dicts,
-    because they belong to frozen weights, which are not stored.
+    Layers in int4 compute in bfloat16. Layers in int8 keep no dequantized weights for the backward pass. The scales of
+    nf4 are left out of state dicts, because they belong to frozen weights, which are not stored.
 
     Args:
         model: Quantized model.
         name: One of `QUANTIZATIONS`.
     """
     for _, layer in iter_quantized_layers(model):
-        if name == "int8":
+        if name == "int4":
+            layer.__class__ = Int4WeightLinear
+            layer.weight.scale_and_zero = layer.weight.scale_and_zero.bfloat16()
+        elif name == "int8":
             layer.__class__ = Int8WeightLinear
-        layer.register_state_dict_post_hook(_remove_quantization_state)
+        else:
+            layer.register_state_dict_post_hook(_remove_quantization_state)
 
 
 def _remove_quantization_state(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -222,7 +226,7 @@ def replace_by_estimates(model: PreTrainedModel, name: str) -> int:
     quantization, total = QUANTIZATIONS[name], 0
     for layer_name, layer in [*_iter_linear_layers(model)]:
         outputs, inputs = _get_shape(layer)
-        num_bytes = count_bytes(name, outputs, inputs, layer.weight.dtype)
+        num_bytes = count_bytes(name, outputs, inputs)
         total += num_bytes
         model.set_submodule(
             layer_name,
@@ -231,14 +235,13 @@ def replace_by_estimates(model: PreTrainedModel, name: str) -> int:
     return total
 
 
-def count_bytes(name: str, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+def count_bytes(name: str, outputs: int, inputs: int) -> int:
     """Count the bytes of the quantized weights of a layer and their scales.
 
     Args:
         name: One of `QUANTIZATIONS`.
         outputs: Outputs of the layer.
         inputs: Inputs of the layer.
-        dtype: Dtype of the other weights.
 
     Returns:
         Bytes.
@@ -247,7 +250,7 @@ def count_bytes(name: str, outputs: int, inputs: int, dtype: torch.dtype) -> int
     if name == "int8":
         return size + outputs * (torch.float32.itemsize + torch.int8.itemsize)  # scales and zero points
     if name == "int4":
-        return size // 2 + size // INT4_GROUP_SIZE * 2 * dtype.itemsize  # scales and zero points
+        return size // 2 + size // INT4_GROUP_SIZE * 2 * torch.bfloat16.itemsize  # scales and zero points
     num_blocks = -(-size // NF4_BLOCK_SIZE)
     return -(-size // 2) + num_blocks + -(-num_blocks // NF4_BLOCKS_PER_SCALE) * 4 + NF4_TABLE_BYTES
 

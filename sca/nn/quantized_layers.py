@@ -53,10 +53,17 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
         dtype: Dtype of the activations.
     """
     for _, layer in iter_quantized_layers(model):
-        if hasattr(layer, "compute_dtype"):  # bitsandbytes
+        if hasattr(layer, "compute_dtype"):  # of bitsandbytes
             layer.compute_dtype = dtype
-        elif hasattr(layer.weight, "scale_and_zero"):  # int4 of torchao
-            layer.weight.scale_and_zero = layer.weight.scale_and_zero.to(dtype)
+
+
+class Int4WeightLinear(nn.Linear):
+    """Linear layer with int4 weights of torchao that computes in bfloat16, for which torch has a fast CPU kernel."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply the layer: (..., I) -> (..., O)."""
+        outputs = F.linear(inputs.bfloat16(), self.weight).to(inputs.dtype)
+        return outputs if self.bias is None else outputs + self.bias
 
 
 class Int8WeightLinear(nn.Linear):

@@ -127,7 +127,7 @@ def test_plan_counts_the_bytes_of_quantized_weights(plan_llama):
     plans = {name: plan_llama(name) for name in (None, *QUANTIZATIONS)}
     assert {name: round(8 * plan.quantized_bytes / NUM_WEIGHTS, 2) for name, plan in plans.items()} == {
         None: 0,
-        "int4": 5.0,  # a scale and a zero point in float32 per 64 weights
+        "int4": 4.5,  # a scale and a zero point in bfloat16 per 64 weights
         "nf4": 5.62,  # tables of a kilobyte per layer, which matter in tiny layers only
         "int8": 8.56,
     }

@@ -162,6 +162,8 @@ def test_quantized_model_changes_its_precision(build_model, family, quantization
     for precision, tolerance in (("bfloat16", 0.03), ("float32", 1e-2), ("auto", 1e-2)):
         set_precision(model, precision)
         logits = compute_logits(model, inputs)
+        compute_dtypes = {getattr(layer, "compute_dtype", logits.dtype) for _, layer in iter_quantized_layers(model)}
+        assert compute_dtypes == {logits.dtype}
         assert logits.dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
         assert (logits - expected).norm() < tolerance * expected.norm()
     with pytest.raises(ValueError, match="int8 does not support models with quantized weights; use precision=float32"):
@@ -231,3 +233,24 @@ def test_commands_do_not_show_warnings_of_the_libraries(build_model, scene, tmp_
     assert captioned.returncode == 0, captioned.stderr
     assert "torchao" not in captioned.stderr
     assert "_pytree" not in captioned.stderr
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_int8_layers_keep_no_dequantized_weights_for_the_backward_pass(build_model, precision):
+    (_, layer), *_ = iter_quantized_layers(build_model("llama", "int8"))
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    saved_shapes = []
+    autocast = torch.autocast("cpu", getattr(torch, precision), enabled=precision != "float32")
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda each: saved_shapes.append(each.shape) or each, lambda each: each
+        ),
+        autocast,
+    ):
+        outputs = layer(inputs)
+    outputs.square().sum().backward()
+    assert (64, 64) not in saved_shapes
+    expected_inputs = inputs.detach().requires_grad_()
+    (expected_inputs @ layer.weight.dequantize().T).square().sum().backward()
+    tolerance = 1e-4 if precision == "float32" else 0.05
+    assert (inputs.grad - expected_inputs.grad).norm() < tolerance * expected_inputs.grad.norm()
