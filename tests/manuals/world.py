@@ -61,6 +61,10 @@ SKIPPED_LINES = (  # pattern, reason
     (r"^sca caption IMAGE .*--question", "requires a model for questions; tests/cli/test_cli_questions.py trains one"),
     (r"openai url=", "requires a server; tests/captioners/test_chat_gateway.py starts one"),
     (r"model=pam-", "requires a checkpoint of PAM; tests/training/test_pam_finetuning.py has a tiny one"),
+    (
+        r"^sca train .*quantization=",
+        "requires the extra quantization; tests/model/test_quantized_models.py trains",
+    ),
     (r"mmdet|rtmdet", "requires weights of MMDetection; the tests of the plugin use small ones"),
 )
 RECIPE_TOML = """
