@@ -119,12 +119,11 @@ def _load_model(
     with_uncertainty: bool = True,
 ) -> SegmentCaptioner:
     folder, spec = open_checkpoint(source, trust, revision)
-    if spec is not None:
-        check_quantization(spec, device.type, precision)
     with _shorten_errors(folder):
         if spec is None:
             model = _load_foreign_checkpoint(folder, trust)
         else:
+            check_quantization(spec, device.type, precision)
             model = load_native_checkpoint(folder, spec, with_uncertainty)
         check_finite_weights(model, str(folder))
         model = model.to(device=device).eval()

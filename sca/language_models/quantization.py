@@ -165,7 +165,7 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
     """Check that a quantization supports all linear layers of a model, so that none stays in full size unnoticed.
 
     Args:
-        model: Model, quantized or not.
+        model: Quantized model, or a model on the meta device, which is not quantized.
         name: One of `QUANTIZATIONS`.
 
     Raises:
@@ -176,12 +176,13 @@ def check_layers(model: PreTrainedModel, name: str) -> None:
 
     quantization = _resolve_quantization(name)
     quantized_names = {layer_name for layer_name, _ in iter_quantized_layers(model)}
+    is_loaded = model.device.type != "meta"
     for layer_name, layer in _iter_linear_layers(model):
         if isinstance(layer, Conv1D) and not quantization.supports_conv1d:
             problem = "is a Conv1D layer, as in GPT-2"
         elif _get_shape(layer)[1] % quantization.input_multiple:
             problem = f"has {_get_shape(layer)[1]} inputs, not a multiple of {quantization.input_multiple}"
-        elif quantized_names and layer_name not in quantized_names:
+        elif is_loaded and layer_name not in quantized_names:
             problem = f"was not quantized by {quantization.library}"
         else:
             continue

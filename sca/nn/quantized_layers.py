@@ -31,10 +31,8 @@ def has_quantized_weights(model: nn.Module) -> bool:
 
 def count_parameters(parameters: Iterable[Tensor]) -> int:
     """Count the elements of parameters; bitsandbytes packs two weights in one element, which count as two."""
-    return sum(
-        parameter.quant_state.shape.numel() if hasattr(parameter, "quant_state") else parameter.numel()
-        for parameter in parameters
-    )
+    states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in parameters)
+    return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)
 
 
 def list_inner_tensors(tensor: Tensor) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Quantization of language models without its libraries: what is rejected, and plans."""
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -104,6 +105,24 @@ def test_quantization_rejects_weights_that_are_quantized_already(tmp_path):
 def test_quantization_rejects_layers_that_would_stay_in_full_size(config, quantization, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         HfLanguageModel(config=config, quantization=quantization)
+
+
+def test_quantization_rejects_a_model_that_transformers_did_not_quantize(save_language_model, monkeypatch):
+    monkeypatch.setattr("sca.language_models.hf.make_load_options", lambda *_: {})
+    with pytest.raises(
+        ValueError, match=r"layer model\.layers\.0\.self_attn\.q_proj, which was not quantized by torchao"
+    ):
+        HfLanguageModel(str(save_language_model("llama")), quantization="int8")
+
+
+def test_load_rejects_precision_int8_of_a_quantized_checkpoint(build_small_model, tmp_path, monkeypatch):
+    sca.save(build_small_model(), tmp_path / "model")
+    table = json.loads((tmp_path / "model/spec.json").read_text())
+    table["language_model"] = {"name": "gpt2", "quantization": "int4"}
+    (tmp_path / "model/spec.json").write_text(json.dumps(table))
+    monkeypatch.setattr("sca.checkpoints.load.check_int8_support", lambda device: None)
+    with pytest.raises(InputError, match="model: precision int8 does not support a language model with int4 weights"):
+        sca.load(tmp_path / "model", precision="int8")
 
 
 def test_checkpoint_may_set_the_quantization():
