@@ -210,8 +210,7 @@ def test_lora_trains_on_quantized_weights_which_stay(make_table, tmp_path, famil
     assert torch.equal(compute_logits(uninterrupted.eval(), inputs), compute_logits(trained, inputs))
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-@pytest.mark.parametrize("fsdp", ["false", "true"])
+@pytest.mark.parametrize(("quantization", "fsdp"), [("int8", "false"), ("nf4", "true")])
 def test_quantized_model_trains_in_two_processes(make_table, tmp_path, quantization, fsdp):
     table = make_table("llama", quantization, lora=2)
     settings = [f"{key} = {json.dumps(value)}".replace('": ', '" = ') for key, value in table.items()]
