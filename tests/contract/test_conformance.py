@@ -550,6 +550,11 @@ class SegmenterWithWrongScoreShape(SmallSam):
         return output
 
 
+class SegmenterWithAllMasksConfident(SmallSam):
+    def predict_confident_masks(self, features, prompts, min_iou):
+        return super().predict_confident_masks(features, prompts, -torch.inf)
+
+
 class SegmenterWithLossPerRegion(SmallSam):
     def compute_losses(self, regions, targets):
         return {name: value.expand(3) for name, value in super().compute_losses(regions, targets).items()}
@@ -634,6 +639,7 @@ MUTANTS = [
     ("encoder", CrashingEncoder, "forward-succeeds"),
     ("proposer", RandomProposer, "proposals-are-deterministic"),
     ("segmenter", SegmenterWithWrongScoreShape, "output-shapes"),
+    ("segmenter", SegmenterWithAllMasksConfident, "confident-masks-match"),
     ("segmenter", SegmenterWithLossPerRegion, "losses-are-differentiable"),
     ("language model", LanguageModelWithWrongLogitsShape, "output-shapes"),
     ("mixer", MixerWithDifferentPreparedOutput, "prepare-images-preserves-queries"),
