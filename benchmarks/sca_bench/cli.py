@@ -277,7 +277,7 @@ def speedup(
 ) -> None:
     """Measure the speedup over our reproduction of the original SCA implementation.
 
-    Prints a table of ratios. On two cores, the part everything takes about twenty minutes, and the others ten.
+    Prints a table of ratios. On two cores, the part everything takes about seven minutes, and the others ten.
     The part everything requires the package segment-anything.
     """
     from dataclasses import asdict
