@@ -142,7 +142,6 @@ def compare_plan(
 def run_job(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Compare one model as a launcher job; `config` contains `model` and the options of `compare_plan`."""
     options = {key: value for key, value in config.items() if key != "model"}
-    options["dtype"] = getattr(torch, options["dtype"])
     spec = ModelSpec.parse(config["model"])
     return run_measurement(lambda row: row.update(plan=compare_plan(spec, **options)), config["device"])
 
