@@ -40,7 +40,7 @@ FIRST_DELAY, MAX_DELAY = 0.5, 30.0  # minimum seconds before the first and any l
 MAX_RETRY_AFTER = 120.0  # seconds; a server that requires a longer wait is not retried
 RETRIED_STATUS_CODES = (408, 409, 425, 429)  # and all from 500
 MAX_KEY_BYTES = 4096
-MIN_SECRET_LENGTH = 16  # characters; shorter keys, such as "none", are not secret and occur in other texts
+MIN_SECRET_LENGTH = 8  # characters; shorter keys, such as "none", are placeholders and occur in captions
 MAX_CONCURRENCY = 1024
 Result = TypeVar("Result")
 
@@ -194,11 +194,11 @@ class ChatClient:
 
     async def _request_text(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> ChatCompletion:
         completion = _parse_completion(await self._send_request(client, "POST", "chat/completions", body))
-        return replace(completion, text=self._mask_key(completion.text))
+        return replace(completion, text=self._mask_secret_key(completion.text))
 
     async def _request_model_names(self, client: httpx2.AsyncClient) -> list[str]:
         names = _parse_model_names(await self._send_request(client, "GET", "models"))
-        return [self._mask_key(name) for name in names]
+        return [self._mask_secret_key(name) for name in names]
 
     def _locate_cached(self, body: Mapping[str, Any]) -> Path | None:
         if self.cache_folder is None:
@@ -283,7 +283,11 @@ class ChatClient:
 
     def _mask_key(self, text: str) -> str:
         """Return a text of a server without the key, which a server for debugging may repeat."""
-        return text.replace(self._key, "***") if len(self._key) >= MIN_SECRET_LENGTH else text
+        return text.replace(self._key, "***") if self._key else text
+
+    def _mask_secret_key(self, text: str) -> str:
+        """Return a text that is part of the result without the key, unless that is a placeholder."""
+        return self._mask_key(text) if len(self._key) >= MIN_SECRET_LENGTH else text
 
 
 def normalize_url(url: str) -> str:

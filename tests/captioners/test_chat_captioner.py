@@ -178,7 +178,11 @@ def test_key_that_a_server_repeats_is_in_no_caption_or_file(image, prompts, monk
     def repeat_key(handler):
         handler.send_json(make_completion(f"a dog for {handler.headers['Authorization']}"))
 
-    for key, text in ((KEY, "a dog for Bearer ***"), ("dog", "a dog for Bearer dog")):  # the second is no secret
+    for key, text in (
+        (KEY, "a dog for Bearer ***"),
+        (KEY[:8], "a dog for Bearer ***"),
+        ("dog", "a dog for Bearer dog"),  # a placeholder
+    ):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with run_chat_server(lambda text, number: repeat_key) as server:
             server.model_names = [f"model {key}"]
@@ -186,6 +190,14 @@ def test_key_that_a_server_repeats_is_in_no_caption_or_file(image, prompts, monk
             assert get_texts(captioner.caption(image, prompts[:1])) == [text]
             assert KEY not in repr(captioner.metadata)
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_error_contains_no_key_of_any_length(image, prompts, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k3y")
+    with run_chat_server(lambda text, number: echo_key) as server, pytest.raises(ChatServerError) as raised:
+        sca.load_captioner(f"openai url={server.url} model=mine cache=false").caption(image, prompts[:1])
+    assert "incorrect key ***" in str(raised.value)
+    assert "k3y" not in str(raised.value)
 
 
 def echo_key(handler):
