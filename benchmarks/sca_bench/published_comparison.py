@@ -214,7 +214,7 @@ def compare_pam(settings: ComparisonSettings) -> list[RatioRow]:
             **settings.pam_model,
             **MODEL_FIELDS,
             device=settings.device,
-            weights=False,  # type: ignore[arg-type]
+            weights=False,  # type: ignore[arg-type]  # mypy assigns the unpacked tables to all arguments
         )
     )
     pixels, prompts = make_random_inputs(model, 1, settings.regions_per_image)
@@ -275,7 +275,7 @@ def run_comparisons(parts: Sequence[str], settings: ComparisonSettings) -> Itera
         settings: Their settings.
 
     Yields:
-        Rows, as soon as they are measured.
+        Each row when it is measured.
 
     Raises:
         ValueError: The part "everything" lacks a package, or is not in float32.

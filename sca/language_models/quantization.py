@@ -2,8 +2,8 @@
 
 `quantization` is how the weights of the linear layers are stored. `precision` (`sca.precision`) is how a loaded model
 computes; with quantized weights, it is the dtype of the activations. Embeddings and the output projection are not
-quantized. int8 and int4 are the weight-only formats of torchao, with one scale per output and per group of inputs; nf4
-is that of QLoRA (arXiv 2305.14314) in bitsandbytes, with double quantization.
+quantized. int8 and int4 are the weight-only formats of torchao: int8 has one scale per output, and int4 one per output
+and group of inputs. nf4 is the format of QLoRA (arXiv 2305.14314) in bitsandbytes, with double quantization.
 """
 
 from __future__ import annotations
