@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -26,7 +25,7 @@ from sca.cli.options import PanelCommand, print_line, print_stderr
 from sca.cli.plugin_commands import EVALUATION_PANEL, CommandGroup, find_plugin_commands
 from sca.io.errors import DifferentRunError
 from sca.io.terminal import guard_terminal
-from sca.io.text import describe_error, escape_terminal
+from sca.io.text import describe_error
 from sca.torchvision_fix import find_torchvision_error
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ COMPLETION_VARIABLE = "_SCA_COMPLETE"  # set by the shell that requests completi
 IMPORT_LOGGERS = ("torchao", "torch.utils._pytree")
 # Shells do not expand ~ in --out=~/x, and programs that call this one expand it in no argument.
 HOME_PATTERN = re.compile(r"^(--[\w-]+=|)(~(?=/|$))")
-FORMAT_WARNING = warnings.formatwarning
 UsageError: Any = typer.BadParameter.__base__
 OPTION_HINTS = {  # options of transformers, peft and SAM -> what to use here
     "--num-return-sequences": "Use --num-captions.",
@@ -141,19 +139,9 @@ def main() -> None:
         # characters that the terminal cannot encode are escaped
         cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     keep_freed_memory()
-    warnings.formatwarning = _format_warning
     for name in IMPORT_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(run_command(sys.argv[1:]))
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Return a warning for users in one line, like an error; any other, which is for developers, as Python does."""
-    if category is UserWarning and not sys.flags.dev_mode:
-        return f"sca: {escape_terminal(str(message))}\n"
-    return FORMAT_WARNING(message, category, filename, lineno, line)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -157,8 +157,13 @@ def _format_traceback(error_type: Any, error: Any, trace: Any) -> str:
 _original_format_warning = warnings.formatwarning
 
 
-def _format_warning(*args: Any, **kwargs: Any) -> str:
-    return escape_terminal(_original_format_warning(*args, **kwargs), DOCUMENT_WHITESPACE)
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning for users in one line, like an error; any other, which is for developers, as Python does."""
+    if category is UserWarning and not sys.flags.dev_mode:
+        return f"sca: {escape_terminal(str(message))}\n"
+    return escape_terminal(_original_format_warning(message, category, filename, lineno, line), DOCUMENT_WHITESPACE)
 
 
 class _EscapedLogRecord(logging.LogRecord):

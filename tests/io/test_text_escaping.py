@@ -89,12 +89,13 @@ def test_guard_terminal_escapes_log_records_warnings_and_tracebacks(guarded_term
     except ValueError as error:
         logger.exception("failed")
         sys.excepthook(type(error), error, error.__traceback__)
-    stream.write(warnings.formatwarning("\x1b]0;title\x07", UserWarning, "a\x1b.py", 1, ""))
+    for category in (UserWarning, RuntimeWarning):
+        stream.write(warnings.formatwarning("\x1b]0;title\x07", category, "a\x1b.py", 1, ""))
     output = stream.getvalue() + capsys.readouterr().err
     assert not UNSAFE_PATTERN.search(output.replace("\n", ""))
     assert "\\x1b[1m \\x1b[31m   1.2 3 'a'\n\\u202e\n\\x9b1m\nfailed\nTraceback" in output
     assert output.count("ValueError: two\nlines \\x1b[2J") == 2
-    assert "UserWarning: \\x1b]0;title\\x07" in output
+    assert "\nsca: \\x1b]0;title\\x07\na\\x1b.py:1: RuntimeWarning: \\x1b]0;title\\x07\n" in output
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
