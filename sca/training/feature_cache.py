@@ -156,7 +156,7 @@ def open_feature_cache(
         model: Model with the encoder.
         mixture: Examples to train on.
         trainer: Trainer, for the processes.
-        report: Called with the size and the folder of an automatic cache.
+        report: Called in the first process with the size and the folder of an automatic cache.
 
     Returns:
         The cache, or None.
@@ -178,10 +178,11 @@ def open_feature_cache(
     broadcast_object_list(decisions)  # disk space may change between the calls of two processes
     if not decisions[0]:
         return None
-    report(
-        f"caching the features of {len(samples):,} images ({format_bytes(num_bytes)}) in {folder}; "
-        "set train.feature_cache_dir=none to disable this"
-    )
+    if trainer.is_world_process_zero():
+        report(
+            f"caching the features of {len(samples):,} images ({format_bytes(num_bytes)}) in {folder}; "
+            "set train.feature_cache_dir=none to disable this"
+        )
     return FeatureCache(folder, model)
 
 

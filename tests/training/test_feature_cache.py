@@ -1,14 +1,16 @@
 """The feature cache of a frozen encoder: the same training steps without running the encoder."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sca_registry import RegistryError
 
-from sca.training.feature_cache import FeatureCache
+from sca.training.feature_cache import FeatureCache, open_feature_cache
 from sca.training.recipe import Recipe
-from sca.training.train import train
+from sca.training.train import prepare_training, train
 
 
 @pytest.fixture
@@ -91,6 +93,19 @@ def test_automatic_feature_cache_takes_at_most_a_quarter_of_the_free_disk_space(
     encoded_images = record_encoded_images(monkeypatch)
     train(make_recipe(steps=10), tmp_path / "run", quiet=True)
     assert len(encoded_images) == num_encoded
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_only_the_first_process_reports_an_automatic_feature_cache(make_recipe, tmp_path, monkeypatch, is_first):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    trainer = SimpleNamespace(args=SimpleNamespace(world_size=2), is_world_process_zero=lambda: is_first)
+    recipe, messages = make_recipe(steps=10), []
+    model, mixture, *_ = prepare_training(recipe)
+    assert open_feature_cache(recipe, model, mixture, trainer, messages.append).folder.parent == tmp_path / "features"
+    assert len(messages) == is_first
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # two machines, which may not share the folder
+    assert open_feature_cache(recipe, model, mixture, trainer, messages.append) is None
 
 
 def test_recipe_rejects_empty_feature_cache_dir(make_recipe):
