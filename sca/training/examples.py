@@ -123,6 +123,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         cache: Cached features to return instead of pixel values.
         prompt_template: Text around questions, see `ModelSpec.prompt_template`.
         task_prompts: Prompt by task id; empty for a model with learned task tokens.
+        has_geometry: Whether the model receives the boxes of regions, see `ModelSpec.geometry`.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         cache: FeatureCache | None = None,
         prompt_template: str | None = None,
         task_prompts: Sequence[EncodedQuestion] = (),
+        has_geometry: bool = False,
     ):
         self.dataset = dataset
         self.processor = processor
@@ -154,6 +156,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
         self.cache = cache
         self.prompt_template = prompt_template
         self.task_prompts = task_prompts
+        self.has_geometry = has_geometry
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=int))
 
     def __len__(self) -> int:
@@ -183,14 +186,16 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             # a crop may remove all regions or texts
             if augmented.regions and (self._has_texts(augmented) or not self._has_texts(original)):
                 sample, whole_image = augmented, box
-        # places in the phrases and questions of the dataset refer to the whole image, those in template phrases to the
-        # crop
+        # places in the phrases and questions of the dataset refer to the whole image, those in template phrases only if
+        # the model knows its box, and to the crop otherwise
         question_region_ids = self._list_question_region_ids(sample)
         whole_images = {
-            region.id: whole_image for region in sample.regions if region.phrases or region.id in question_region_ids
+            region.id: whole_image
+            for region in sample.regions
+            if self.has_geometry or region.phrases or region.id in question_region_ids
         }
         if self.phrase_mode == "template":
-            sample = add_template_phrases(sample, original)
+            sample = add_template_phrases(sample, original, whole_image if self.has_geometry else None)
         return self._build_example(sample, whole_images, rng, position / self.length)
 
     def _has_texts(self, sample: Sample) -> bool:

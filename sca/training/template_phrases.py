@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from sca_registry.contracts import Sample
 
+Box = tuple[float, float, float, float]  # x1 y1 x2 y2, pixels
 
-def add_template_phrases(sample: Sample, original: Sample) -> Sample:
+
+def add_template_phrases(sample: Sample, original: Sample, whole_image: Box | None = None) -> Sample:
     """Add template phrases to each region with a class name and no phrase.
 
     The phrases are, in this order and without duplicates:
@@ -26,18 +28,24 @@ def add_template_phrases(sample: Sample, original: Sample) -> Sample:
     Examples: "a car on the left", "a large building at the top right", "the road at the bottom".
 
     Args:
-        sample: Sample, possibly augmented. Size and place refer to it, because a crop changes both.
+        sample: Sample, possibly augmented.
         original: Sample before augmentation, without the crowds that the dataset skips.
+        whole_image: x1 y1 x2 y2, in pixels of `sample`, of the image that size and place refer to. Defaults to `sample`
+            itself, because a crop changes both.
 
     Returns:
         The sample with added phrases.
     """
     names = Counter(region.name for region in original.regions)
+    left, top, right, bottom = whole_image or (0, 0, *sample.image.size)
     regions = tuple(
         replace(
             region,
             phrases=make_template_phrases(
-                region.name, region.box, sample.image.size, is_unique=names[region.name] == 1
+                region.name,
+                (region.box[0] - left, region.box[1] - top, region.box[2] - left, region.box[3] - top),
+                (right - left, bottom - top),
+                is_unique=names[region.name] == 1,
             ),
         )
         if region.name and not region.phrases
@@ -47,7 +55,7 @@ def add_template_phrases(sample: Sample, original: Sample) -> Sample:
     return sample._replace(regions=regions)
 
 
-def make_template_phrases(name: str, box: tuple[float, ...], size: tuple[int, int], is_unique: bool) -> tuple[str, ...]:
+def make_template_phrases(name: str, box: Box, size: tuple[float, float], is_unique: bool) -> tuple[str, ...]:
     """Create the template phrases of one region.
 
     Args:

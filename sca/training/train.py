@@ -537,6 +537,7 @@ def _build_mixture(
             class_name_task=source.class_name_task,
             prompt_template=model.spec.prompt_template,
             task_prompts=task_prompts,
+            has_geometry=model.spec.geometry is not None,
         )
         for dataset, source in zip(datasets, sources, strict=True)
     ]

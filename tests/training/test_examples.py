@@ -267,21 +267,26 @@ def test_collate_examples_shares_region_budget_evenly_and_fully(make_stream, tok
         row += num_kept
 
 
-@pytest.mark.parametrize("phrase_mode", ["dataset", "template"])
-def test_places_in_phrases_of_the_dataset_refer_to_the_whole_image_and_in_template_phrases_to_the_crop(
-    make_stream, phrase_mode
+@pytest.mark.parametrize(
+    ("phrase_mode", "has_geometry"), [("dataset", False), ("dataset", True), ("template", False), ("template", True)]
+)
+def test_places_in_template_phrases_refer_to_the_crop_unless_the_model_knows_the_whole_image(
+    make_stream, tokenizer, phrase_mode, has_geometry
 ):
     image = Image.new("RGB", (64, 32))
-    region = Region(0, (32.0, 8.0, 48.0, 24.0), name="car", phrases=("a car on the right",))
+    region = Region(0, (22.0, 8.0, 38.0, 24.0), name="car", phrases=("a car in the middle",))
     if phrase_mode == "template":
         region = replace(region, phrases=())
-    augment = Augmentation(flip_prob=0.5, min_crop_fraction=0.7, scale_range=(0.6, 1.4), min_visibility=1.0)
-    stream = make_stream(dataset=[Sample(image, 0, (region,))], augment=augment, phrase_mode=phrase_mode)
-    geometry = torch.tensor([0.5, 0.25, 0.75, 0.75])
-    mirrored = torch.tensor([0.25, 0.25, 0.5, 0.75])
-    num_whole = 0
+    augment = Augmentation(flip_prob=0.5, min_crop_fraction=0.5, scale_range=(0.6, 1.4), min_visibility=1.0)
+    stream = make_stream(
+        dataset=[Sample(image, 0, (region,))], augment=augment, phrase_mode=phrase_mode, has_geometry=has_geometry
+    )
+    geometry = torch.tensor([22 / 64, 0.25, 38 / 64, 0.75])
+    mirrored = torch.tensor([26 / 64, 0.25, 42 / 64, 0.75])
+    num_whole, texts = 0, set()
     for position in range(40):
         example = stream[position]
+        texts |= {tokenizer.decode(ids) for ids in example.input_ids}
         origin, end = example.image_boxes.split(2, dim=1)
         fractions = ((example.boxes.unflatten(1, (2, 2)) - origin) / (end - origin)).flatten()
         is_whole = any(torch.allclose(fractions, each, atol=0.02) for each in (geometry, mirrored))
@@ -289,9 +294,12 @@ def test_places_in_phrases_of_the_dataset_refer_to_the_whole_image_and_in_templa
         batch = collate_examples([example, example], pad_token_id=0)
         assert torch.equal(batch.prompts.image_boxes, example.image_boxes.repeat(2, 1))
         assert torch.equal(batch.prompts.aspect_ratios, example.aspect_ratios.repeat(2))
-        if phrase_mode == "template":
+        if phrase_mode == "template" and not has_geometry:
             assert example.image_boxes.tolist() == [[0, 0, 64, 64 / example.aspect_ratios.item()]]
-    assert num_whole == 40 if phrase_mode == "dataset" else num_whole < 20
+    assert num_whole == 40 if phrase_mode == "dataset" or has_geometry else num_whole < 20
+    places = {text.removeprefix("the car ") for text in texts if text.startswith("the car ")}
+    if phrase_mode == "template":
+        assert (places == {"in the middle"}) == has_geometry
 
 
 def test_regions_with_questions_only_are_trained_on_their_answers(make_stream, tokenizer):

@@ -37,6 +37,12 @@ def test_template_phrase_is_indefinite_if_the_class_also_occurs_outside_the_crop
     assert add_template_phrases(make_sample(owls[0]), make_sample(*owls)).regions[0].phrases[0] == "a large owl"
 
 
+def test_template_phrases_describe_the_region_within_a_larger_image():
+    crop = make_sample(Region(1, (0, 0, 10, 10), None, "owl"))
+    phrases = add_template_phrases(crop, crop, whole_image=(-190, -190, 10, 10)).regions[0].phrases
+    assert phrases == ("the small owl", "the owl at the bottom right", "the small owl at the bottom right")
+
+
 def test_template_phrases_describe_the_region_within_the_crop():
     """A small object at the left of the image can be a large one in the middle of a crop."""
     language_model = TinyGpt2(hidden_size=8, depth=1, num_heads=1)
