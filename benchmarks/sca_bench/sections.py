@@ -19,9 +19,10 @@ TRAIN_KEYS = (
     *TRAIN_KEYS_OF_SWEEPS,
     *(each.name for each in fields(TrainOptions) if each.name not in OPTIONS_SET_BY_ROWS),
 )
+PROMPTING_KEYS = ("prompt_type", "tasks", "caption_all", "generation")  # of [evaluate], see `PromptingOptions`
 SECTION_KEYS = {
     "train": TRAIN_KEYS,
-    "evaluate": ("dataset", "split", "prompt_type", "tasks", "metrics", "max_images", "batch_size", "generation"),
+    "evaluate": ("dataset", "split", "metrics", "max_images", "batch_size", *PROMPTING_KEYS),
     "benchmark": (
         *("batch_size", "regions_per_image", "max_new_tokens", "num_repeats", "dtype", "training_step", "plan"),
     ),
@@ -58,6 +59,8 @@ def _check_evaluate_value(location: str, key: str, value: Any) -> None:
         ComponentSpec.from_dict(value, "dataset of evaluate")
     elif key in ("max_images", "batch_size"):
         check_range(location, value, int, 1)
+    elif key == "caption_all":
+        check_type(location, value, bool)
     elif key in ("tasks", "metrics"):
         check_list(location, value, str, minimum=1)
     elif key == "generation":

@@ -16,6 +16,7 @@ from sca.evaluation.requirements import check_has_truth, check_metric_needs
 from sca.evaluation.scoring import check_metrics
 from sca.training.datasets import open_training_datasets, open_validation_dataset
 from sca_bench.row import SweepRow
+from sca_bench.sections import PROMPTING_KEYS
 
 
 def check_rows(rows: Iterable[SweepRow]) -> None:
@@ -60,9 +61,7 @@ def _check_model(row: SweepRow, checked_keys: set[str]) -> None:
 
 
 def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
-    prompting = PromptingOptions(
-        **{key: evaluation[key] for key in ("prompt_type", "tasks", "generation") if key in evaluation}
-    )
+    prompting = PromptingOptions(**{key: evaluation[key] for key in PROMPTING_KEYS if key in evaluation})
     check_metrics(evaluation.get("metrics"), None)
     component, split = (
         ComponentSpec.from_dict(evaluation["dataset"], "dataset of evaluate"),
@@ -70,8 +69,9 @@ def _check_evaluation(evaluation: Mapping[str, Any]) -> None:
     )
     dataset, dataset_name = datasets.build(component.name, split, **component.options), f"evaluate.dataset ({split})"
     check_dataset_not_empty(dataset, dataset_name)
-    check_has_truth(dataset, dataset_name, prompting.tasks, evaluation.get("max_images"))
-    check_metric_needs(evaluation.get("metrics", ()), dataset, prompting.tasks, evaluation.get("max_images"))
+    options = (prompting.tasks, evaluation.get("max_images"), prompting.caption_all)
+    check_has_truth(dataset, dataset_name, *options)
+    check_metric_needs(evaluation.get("metrics", ()), dataset, *options)
 
 
 def _check_component(kind: str, component: ComponentSpec) -> None:

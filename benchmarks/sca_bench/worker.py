@@ -40,6 +40,7 @@ from sca.plan import plan_model
 from sca_bench.image_scores import collect_image_scores
 from sca_bench.row import SweepRow
 from sca_bench.row_training import MODEL_NAME, load_trained_model, train_stages
+from sca_bench.sections import PROMPTING_KEYS
 from sca_bench.timing import measure_stages, measure_training_step
 
 MAX_TRAINING_REGIONS = 16  # maximum number of regions per image in a training step
@@ -211,9 +212,7 @@ def _train_model(row: dict[str, Any], sweep_row: SweepRow, run_options: RunOptio
 
 def _add_scores(row: dict[str, Any], model: SegmentCaptioner | Captioner, config: Mapping[str, Any]) -> None:
     evaluate_options = config["evaluate"]
-    prompting_options = {
-        key: evaluate_options[key] for key in ("prompt_type", "tasks", "generation") if key in evaluate_options
-    }
+    prompting_options = {key: evaluate_options[key] for key in PROMPTING_KEYS if key in evaluate_options}
     report = evaluate(
         model,
         evaluate_options["dataset"],

@@ -96,6 +96,14 @@ def evaluate(
             rich_help_panel="Generation",
         ),
     ] = "caption",
+    caption_all: Annotated[
+        bool,
+        typer.Option(
+            "--caption-all",
+            help="Also caption regions without a reference caption, for metrics that need none, such as positions.",
+            rich_help_panel="Generation",
+        ),
+    ] = False,
     runs: Annotated[
         str | None,
         typer.Option(
@@ -139,8 +147,8 @@ def evaluate(
         check_option_choice("control", each, list(CONTROLS))
     if text and not proposer:
         raise ValueError("--text requires --proposer with a proposer that takes text, such as owlv2-base")
-    if proposer and (prompt_type or control):
-        raise ValueError("--proposer finds the regions to caption; omit --prompt-type and --control")
+    if proposer and (prompt_type or control or caption_all):
+        raise ValueError("--proposer finds the regions to caption; omit --prompt-type, --control and --caption-all")
     proposer_component = ComponentSpec.parse(proposer, "proposer", "proposers") if proposer else None
     parsed_options = parse_evaluation_options(
         options or (), dataset, proposer_component.name if proposer_component else None
@@ -160,6 +168,7 @@ def evaluate(
             generation=parsed_options["generation"],
             zoom=zoom,
             caption_task=caption_task,
+            caption_all=caption_all,
         ),
         proposer=_make_proposer_table(proposer_component, proposer_options, text or ()),
         metrics=metrics and split_names(metrics),
@@ -295,6 +304,8 @@ def _plan_protocol_runs(
     caption_task = requested.prompting.caption_task
     if caption_task != "caption" and not any("caption" in run.tasks for run in protocol.runs):
         raise ValueError(f"the protocol {protocol.name} generates no captions; omit --caption-task")
+    if requested.prompting.caption_all:
+        raise ValueError(f"the protocol {protocol.name} defines the regions to caption; omit --caption-all")
     planned_runs = []
     for run in protocol.runs:
         proposer = requested.proposer if _accepts_proposer(run) else None

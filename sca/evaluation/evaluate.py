@@ -237,7 +237,7 @@ def evaluate(
         TypeError: Unknown keyword argument; the message suggests the closest one.
         ValueError: The dataset has no region to caption, a metric in `metrics` needs an input that the dataset does not
             have, the folder contains the predictions of a different run, `folder` is None with several processes, or
-            `prompting` has controls, which need the regions of the dataset, and a proposer is set.
+            `prompting` has controls or `caption_all`, which need the regions of the dataset, and a proposer is set.
     """
     start = time.perf_counter()
     built_metrics = check_metrics(metrics, metric_options)
@@ -256,9 +256,11 @@ def evaluate(
             raise ValueError("questions are about the regions of the dataset; omit the proposer")
         if prompting.controls:
             raise ValueError("controls change the prompts of the dataset's regions; omit them, or the proposer")
+        if prompting.caption_all:
+            raise ValueError("caption_all refers to the regions of the dataset; omit it, or the proposer")
         tasks = tasks if is_comprehension else select_dense_tasks(built_dataset, tasks, max_images)
-    check_has_truth(built_dataset, dataset_name, tasks, max_images)
-    check_metric_needs(metrics or (), built_dataset, tasks, max_images)
+    check_has_truth(built_dataset, dataset_name, tasks, max_images, prompting.caption_all)
+    check_metric_needs(metrics or (), built_dataset, tasks, max_images, prompting.caption_all)
     built_proposer = None if proposer_component is None else build_proposer(proposer_component, device)
     model_name, captioner = _resolve_captioner(model, device, trust_options, prompting.caption_task)
     if isinstance(captioner, Engine):
@@ -295,6 +297,7 @@ def evaluate(
         **({"proposer_hash": proposer_hash} if proposer_hash else {}),
         "tasks": list(tasks),
         **({"caption_task": prompting.caption_task} if prompting.caption_task != "caption" else {}),
+        **({"caption_all": True} if prompting.caption_all else {}),
         "controls": list(prompting.controls),
         "seed": prompting.seed,
         **({"zoom": asdict(zoom)} if zoom else {}),
@@ -437,8 +440,12 @@ def score_file(
                 for index in range(len(built_dataset))
             ),
         )
+        caption_all = predictions.run.get("caption_all", False)
         region_keys = (
-            (sample.image_id, region.id) for sample in samples for region in sample.regions if _has_any_truth(region)
+            (sample.image_id, region.id)
+            for sample in samples
+            for region in sample.regions
+            if caption_all or _has_any_truth(region)
         )
         check_dataset_regions(predictions, region_keys, str(path))
     report = _build_report(

@@ -116,6 +116,7 @@ class PromptingOptions:
         zoom: Predict small regions from crops: "auto", "off" or the area of the largest in grid cells.
         caption_task: Task of the captioner that generates the captions of the task "caption": a further task of a model
             that has one, such as "detail".
+        caption_all: Also caption regions without phrases, for metrics that need none, such as "positions".
 
     Raises:
         ValueError: An unknown prompt type, task or control, no task, a negative seed, an invalid value of `zoom`, or an
@@ -129,6 +130,7 @@ class PromptingOptions:
     generation: Mapping[str, Any] = field(default_factory=dict)
     zoom: ZoomValue = DEFAULT_ZOOM
     caption_task: str = "caption"
+    caption_all: bool = False
 
     def __post_init__(self) -> None:
         check_zoom(self.zoom)
@@ -150,6 +152,8 @@ class PromptingOptions:
                 f"caption_task {self.caption_task} has no effect on the task {self.tasks[0]}; omit it, or add the task "
                 "caption"
             )
+        if self.caption_all and "caption" not in self.tasks:
+            raise ValueError(f"caption_all has no effect on the task {self.tasks[0]}; omit it, or add the task caption")
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "controls", tuple(dict.fromkeys(self.controls)))
 
@@ -179,7 +183,7 @@ class PromptingOptions:
                     {
                         region.id: prompts[region.id]
                         for region in sample.regions
-                        if _should_caption(region, task, prompts)
+                        if region.id in prompts and has_truth_for_task(region, task, self.caption_all)
                     }
                     for (_, sample), prompts in zip(samples, control_prompts, strict=True)
                 ]
@@ -303,13 +307,16 @@ class DenseCaptioningOptions:
         ]
 
 
-def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None = None) -> Iterator[dict[str, Any]]:
+def draft_records(
+    dataset: Dataset, tasks: Sequence[str], max_images: int | None = None, caption_all: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield the task and ground truth of each record of a dataset without predicting.
 
     Args:
         dataset: Any dataset. Its images are not opened. A dataset without `iter_annotations` yields nothing.
         tasks: Tasks as in `PromptingOptions`, or of `DENSE_TASKS`.
         max_images: Maximum number of images. Defaults to all.
+        caption_all: Whether regions without phrases are captioned, see `PromptingOptions`.
 
     Yields:
         Records without captions, in the order of the dataset.
@@ -320,7 +327,7 @@ def draft_records(dataset: Dataset, tasks: Sequence[str], max_images: int | None
                 yield from (
                     {"region_id": region.id, "task": task, "truth": make_truth(region)}
                     for task in tasks
-                    if has_truth_for_task(region, task)
+                    if has_truth_for_task(region, task, caption_all)
                 )
 
 
@@ -417,17 +424,16 @@ class _EncodedImages:
         return {region: caption.mask for region, caption in captions.items() if caption.mask is not None}
 
 
-def _should_caption(region: Region, task: str, prompts: PromptsByRegion) -> bool:
-    return region.id in prompts and has_truth_for_task(region, task)
+def has_truth_for_task(region: Region, task: str, caption_all: bool = False) -> bool:
+    """Return whether a region has ground truth for a task: a name for recognition, else phrases or judge questions.
 
-
-def has_truth_for_task(region: Region, task: str) -> bool:
-    """Return whether a region has ground truth for a task: a name for recognition, else phrases or judge questions."""
+    With `caption_all`, every region counts as having it for the task "caption".
+    """
     if task == QUESTION_TASK:  # questions belong to the sample, see `check_has_questions`
         return True
     if DENSE_TASKS.get(task, task) == "recognition":
         return bool(region.name)
-    return bool(region.phrases or (task == "caption" and region.attributes.get(JUDGE_QUESTIONS)))
+    return bool(region.phrases or (task == "caption" and (caption_all or region.attributes.get(JUDGE_QUESTIONS))))
 
 
 def _make_dense_truth(regions: Sequence[Region], task: str) -> list[dict[str, Any]]:
@@ -462,11 +468,11 @@ def _make_proposal_records(regions: Sequence[Caption], captions: Sequence[Captio
 def _make_prompts(
     prompting: PromptingOptions, sample: Sample, encoded_images: _EncodedImages, index: int
 ) -> PromptsByRegion:
-    """Return the prompts of all regions of an image that have ground truth."""
+    """Return the prompts of all regions of an image that have ground truth, or of all with `caption_all`."""
     regions = [
         region
         for region in sample.regions
-        if any(_should_caption(region, task, {region.id: Prompt()}) for task in prompting.tasks)
+        if any(has_truth_for_task(region, task, prompting.caption_all) for task in prompting.tasks)
     ]
     if prompting.prompt_type in MASK_PROMPT_TYPES:
         boxes = {region.id: Prompt(box=region.box) for region in regions if region.mask is None}

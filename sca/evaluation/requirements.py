@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import sca_registry
 from sca_registry import RegistryError
@@ -17,7 +18,11 @@ from sca.evaluation.scoring import check_metrics
 
 
 def check_has_truth(
-    dataset: Dataset, dataset_name: str, tasks: Sequence[str] = PromptingOptions.tasks, max_images: int | None = None
+    dataset: Dataset,
+    dataset_name: str,
+    tasks: Sequence[str] = PromptingOptions.tasks,
+    max_images: int | None = None,
+    caption_all: bool = False,
 ) -> None:
     """Check that a dataset has a region with ground truth for a task.
 
@@ -26,11 +31,13 @@ def check_has_truth(
         dataset_name: Name of the dataset in the message.
         tasks: Tasks of every region.
         max_images: Maximum number of images to check. Defaults to all.
+        caption_all: Whether regions without phrases are captioned, see `PromptingOptions`.
 
     Raises:
         ValueError: No region has ground truth for any task.
     """
-    if hasattr(dataset, "iter_annotations") and next(draft_records(dataset, tasks, max_images), None) is None:
+    records = draft_records(dataset, tasks, max_images, caption_all)
+    if hasattr(dataset, "iter_annotations") and next(records, None) is None:
         raise ValueError(describe_missing_truth(dataset, dataset_name, tasks))
 
 
@@ -64,6 +71,7 @@ def check_metric_needs(
     dataset: Dataset,
     tasks: Sequence[str] = PromptingOptions.tasks,
     max_images: int | None = None,
+    caption_all: bool = False,
 ) -> None:
     """Check that a dataset meets the needs of metrics.
 
@@ -72,17 +80,19 @@ def check_metric_needs(
         dataset: Any dataset, see `draft_records`.
         tasks: Tasks of every region.
         max_images: Maximum number of images to check. Defaults to all.
+        caption_all: Whether regions without phrases are captioned, see `PromptingOptions`.
 
     Raises:
         ValueError: A metric needs a task or ground truth that no region has, or that of a region is invalid.
     """
     for name in metrics:
-        reason = _find_missing_needs(name, dataset, tasks, max_images)
+        reason = _find_missing_needs(name, dataset, tasks, max_images, caption_all)
         if reason:
             raise ValueError(f"metric {name!r}: {reason}; choose other metrics or other data")
         check_truth = sca_registry.metrics.get_declared(name, "check_truth")
         if check_truth is not None:
-            for record in filter_records(draft_records(dataset, tasks, max_images), _list_dataset_needs(name)):
+            records = draft_records(dataset, tasks, max_images, caption_all)
+            for record in filter_records(records, _list_dataset_needs(name)):
                 check_truth(record)
 
 
@@ -146,20 +156,22 @@ def _find_metric_problem(metric: str, dataset: Dataset, max_images: int | None) 
     return _find_missing_needs(metric, dataset, PromptingOptions.tasks, max_images)
 
 
-def _find_missing_needs(metric: str, dataset: Dataset, tasks: Sequence[str], max_images: int | None) -> str | None:
+def _find_missing_needs(
+    metric: str, dataset: Dataset, tasks: Sequence[str], max_images: int | None, caption_all: bool = False
+) -> str | None:
     """Return why no record of a dataset can meet a metric's needs; None if one can or if it is unknown."""
     dataset_needs = _list_dataset_needs(metric)
     for need in dataset_needs:
         needs_task = all(choice.startswith("task=") for choice in need.split(" or "))
         if needs_task and not any(meets_need({"task": task}, need) for task in tasks):
             return f"needs {need}, and this evaluation has task={' and task='.join(tasks)}"
-    if next(draft_records(dataset, tasks, max_images), None) is None:
+
+    def draft() -> Iterator[dict[str, Any]]:
+        return draft_records(dataset, tasks, max_images, caption_all)
+
+    if next(draft(), None) is None or any(all(meets_need(each, need) for need in dataset_needs) for each in draft()):
         return None
-    if any(
-        all(meets_need(record, need) for need in dataset_needs) for record in draft_records(dataset, tasks, max_images)
-    ):
-        return None
-    return describe_missing_needs(list(draft_records(dataset, tasks, max_images)), dataset_needs)
+    return describe_missing_needs(list(draft()), dataset_needs)
 
 
 def _list_dataset_needs(metric: str) -> list[str]:

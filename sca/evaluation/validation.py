@@ -90,7 +90,7 @@ def check_predictions(predictions: Predictions, location: str) -> list[str]:
         )
     captions = [record for record in records if record["task"] == "caption" and not meets_need(record, JUDGE_NEED)]
     without_references = [record for record in captions if not record["truth"]["phrases"]]
-    if without_references and len(without_references) < len(captions):
+    if not predictions.run.get("caption_all") and 0 < len(without_references) < len(captions):
         raise InputError(
             f"{location}: {len(without_references)} of {len(captions)} captions have no references: "
             f"{_join_first(_format_record_key(_get_record_key(record)) for record in without_references)}"

@@ -238,6 +238,7 @@ def test_caption_task_applies_to_the_runs_of_a_protocol_with_captions():
             "the option generation.num_beams has no effect on the task comprehension",
         ),
         ("scene-questions", ("--caption-task", "detail"), "generates no captions; omit --caption-task"),
+        ("refcocog-reg", ("--caption-all",), "refcocog-reg defines the regions to caption; omit --caption-all"),
         ("refcocog-reg", ("--split", "val"), "the protocol refcocog-reg defines its splits and prompts; omit --split"),
     ],
 )

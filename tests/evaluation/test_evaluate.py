@@ -11,12 +11,12 @@ import sca_registry
 import torch
 from PIL import Image
 from rich.console import Console
-from sca_registry.contracts import MetricOutput
+from sca_registry.contracts import Caption, MetricOutput
 from sca_registry.spec import ZoomOptions
 
 import sca
 from sca.data.scenes import COLORS, SHAPE_NAMES, Scenes
-from sca.evaluation.evaluate import evaluate
+from sca.evaluation.evaluate import evaluate, score_file
 from sca.evaluation.predictions import PromptingOptions
 
 SCENE_METRICS = ["attributes", "class", "mask-iou", "region-sensitivity", "relations"]
@@ -244,6 +244,36 @@ def test_evaluate_rejects_metrics_unsupported_by_data_before_loading_model(tmp_p
     message = r"no region of jsonl has ground truth for recognition \(phrases or judge questions for captions, a name"
     with pytest.raises(ValueError, match=message):
         evaluate("no-such-model", data, prompting=PromptingOptions(tasks=["recognition"]))
+
+
+class LeftCaptioner:
+    """Says that every region is on the left."""
+
+    def caption(self, image, prompts, task="caption", **generation):
+        mask = {"size": [9, 9], "counts": "a2"}
+        return [
+            Caption("a car on the left", 0.5, each.box, mask, 1.0, each, index) for index, each in enumerate(prompts)
+        ]
+
+
+def test_caption_all_captions_regions_without_phrases(tmp_path):
+    lines = [{"box": [0, 0, 4, 4], "caption": "a dog"}, {"box": [5, 0, 9, 4], "name": "car"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"image": "a.png", "width": 9, "height": 9, **each}) + "\n" for each in lines))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    data, metrics = {"name": "jsonl", "file": str(file)}, ["positions"]
+    assert evaluate(LeftCaptioner(), data, metrics=metrics).scores["positions/captions"] == 1
+    prompting = PromptingOptions(tasks=("caption",), caption_all=True)
+    report = evaluate(LeftCaptioner(), data, prompting=prompting, metrics=metrics, folder=tmp_path / "predictions")
+    assert report.scores["positions/captions"] == 2
+    assert report.scores["positions/correct"] == 0.5
+    assert score_file(tmp_path / "predictions", metrics, dataset=data).scores == report.scores
+    options = {"prompting": prompting, "metrics": ["cider-d"], "metric_options": {"tokenizer": "plain"}}
+    assert evaluate(LeftCaptioner(), data, **options).to_dict()["num_regions"] == 2
+    with pytest.raises(ValueError, match="caption_all has no effect on the task recognition; omit it"):
+        PromptingOptions(tasks=("recognition",), caption_all=True)
+    with pytest.raises(ValueError, match="caption_all refers to the regions of the dataset; omit it, or the proposer"):
+        evaluate(LeftCaptioner(), data, prompting=prompting, proposer="grid")
 
 
 @pytest.mark.slow
