@@ -51,7 +51,9 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
 def build_process_environment(count: int) -> Mapping[str, str]:
     """Return environment variables that restrict processes to loopback and to their share of the CPU cores.
 
-    They override those of the shell, where NCCL_SOCKET_IFNAME is often set for multi-node training.
+    They override those of the shell, where NCCL_SOCKET_IFNAME is often set for multi-node training. Every process would
+    repeat the warnings of torch's C++ code, and one of them refers to an option that is not the user's. They are shown
+    if TORCH_CPP_LOG_LEVEL is set.
     """
     loopback = next((name for _, name in socket.if_nameindex() if name in LOOPBACK_INTERFACES), None)
     interfaces = {f"{library}_SOCKET_IFNAME": loopback for library in ("GLOO", "NCCL")} if loopback else {}
@@ -59,6 +61,7 @@ def build_process_environment(count: int) -> Mapping[str, str]:
         **interfaces,
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "OMP_NUM_THREADS": str(count_threads_per_process(count)),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
 
 
