@@ -166,12 +166,14 @@ def _find_missing_needs(
         if needs_task and not any(meets_need({"task": task}, need) for task in tasks):
             return f"needs {need}, and this evaluation has task={' and task='.join(tasks)}"
 
-    def draft() -> Iterator[dict[str, Any]]:
+    def iter_records() -> Iterator[dict[str, Any]]:
         return draft_records(dataset, tasks, max_images, caption_all)
 
-    if next(draft(), None) is None or any(all(meets_need(each, need) for need in dataset_needs) for each in draft()):
+    if next(iter_records(), None) is None or any(
+        all(meets_need(each, need) for need in dataset_needs) for each in iter_records()
+    ):
         return None
-    return describe_missing_needs(list(draft()), dataset_needs)
+    return describe_missing_needs(list(iter_records()), dataset_needs)
 
 
 def _list_dataset_needs(metric: str) -> list[str]:

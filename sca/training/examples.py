@@ -187,7 +187,7 @@ class ExampleStream(torch.utils.data.Dataset[Example]):
             if augmented.regions and (self._has_texts(augmented) or not self._has_texts(original)):
                 sample, whole_image = augmented, box
         # places in the phrases and questions of the dataset refer to the whole image, those in template phrases only if
-        # the model knows its box, and to the crop otherwise
+        # the model receives boxes, and to the crop otherwise
         question_region_ids = self._list_question_region_ids(sample)
         whole_images = {
             region.id: whole_image

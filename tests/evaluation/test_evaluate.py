@@ -247,7 +247,7 @@ def test_evaluate_rejects_metrics_unsupported_by_data_before_loading_model(tmp_p
 
 
 class LeftCaptioner:
-    """Says that every region is on the left."""
+    """Captioner whose captions all state that the region is on the left."""
 
     def caption(self, image, prompts, task="caption", **generation):
         mask = {"size": [9, 9], "counts": "a2"}

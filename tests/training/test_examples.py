@@ -270,7 +270,7 @@ def test_collate_examples_shares_region_budget_evenly_and_fully(make_stream, tok
 @pytest.mark.parametrize(
     ("phrase_mode", "has_geometry"), [("dataset", False), ("dataset", True), ("template", False), ("template", True)]
 )
-def test_places_in_template_phrases_refer_to_the_crop_unless_the_model_knows_the_whole_image(
+def test_places_in_template_phrases_refer_to_the_crop_unless_the_model_receives_boxes(
     make_stream, tokenizer, phrase_mode, has_geometry
 ):
     image = Image.new("RGB", (64, 32))
@@ -297,9 +297,9 @@ def test_places_in_template_phrases_refer_to_the_crop_unless_the_model_knows_the
         if phrase_mode == "template" and not has_geometry:
             assert example.image_boxes.tolist() == [[0, 0, 64, 64 / example.aspect_ratios.item()]]
     assert num_whole == 40 if phrase_mode == "dataset" or has_geometry else num_whole < 20
-    places = {text.removeprefix("the car ") for text in texts if text.startswith("the car ")}
+    endings = {text.removeprefix("the car ") for text in texts if text.startswith("the car ")}
     if phrase_mode == "template":
-        assert (places == {"in the middle"}) == has_geometry
+        assert (endings == {"in the middle"}) == has_geometry
 
 
 def test_regions_with_questions_only_are_trained_on_their_answers(make_stream, tokenizer):
