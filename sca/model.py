@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from sca.hints import MODEL_ATTRIBUTE_HINTS
 from sca.io.text import format_count
 from sca.language_models.questions import EncodedQuestion, encode_question
+from sca.nn.boxes import enclose_prompts
 from sca.nn.geometry import GeometryEmbedding, compute_geometry
 from sca.nn.masks import select_confident_masks
 from sca.nn.projection import Projection
@@ -89,9 +90,15 @@ class SegmentationModel(nn.Module):
             multimask_output: Return all candidate masks of each region (three for SAM) instead of one.
 
         Returns:
-            Masks, scores and tokens of the N regions.
+            Masks, scores and tokens of the N regions. The box of a region whose best mask is empty is that of its mask
+            prompt, else of its points.
         """
-        return self.segmenter(features, prompts, multimask_output)
+        regions: SegmenterOutput = self.segmenter(features, prompts, multimask_output)
+        if regions.boxes is None or prompts.boxes is not None:
+            return regions
+        half_cell = regions.image_size / regions.image_embeddings.shape[-1] / 2
+        prompt_boxes = enclose_prompts(prompts, regions.image_size, half_cell)
+        return replace(regions, boxes=torch.where(regions.boxes.any(1, keepdim=True), regions.boxes, prompt_boxes))
 
     def predict_confident_masks(self, features: Tensor, prompts: PromptBatch, min_iou: float) -> ConfidentMasks:
         """Predict the candidate masks of the prompted regions whose predicted IoU is above a minimum.

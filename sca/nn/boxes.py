@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from sca_registry.contracts import SegmenterOutput
+from sca_registry.contracts import PromptBatch, SegmenterOutput
 from torch import Tensor
+
+from sca.nn.masks import masks_to_boxes
 
 
 def compute_box_iou(first: Tensor, second: Tensor) -> Tensor:
@@ -39,6 +41,31 @@ def rasterize_boxes(boxes: Tensor, grid_size: int, image_size: int) -> Tensor:
     x1, y1, x2, y2 = boxes.float()[:, :, None].unbind(1)  # each (N, 1)
     is_inside_x, is_inside_y = (x1 <= centers) & (centers <= x2), (y1 <= centers) & (centers <= y2)  # (N, side)
     return (is_inside_y[:, :, None] & is_inside_x[:, None]).float()
+
+
+def enclose_prompts(prompts: PromptBatch, image_size: int, margin: float = 0.0) -> Tensor:
+    """Compute the box of each mask prompt, else of the foreground points.
+
+    Args:
+        prompts: N prompts with masks, points or both, in pixels of the model input.
+        image_size: Side of the model input in pixels.
+        margin: Pixels between the points and their box.
+
+    Returns:
+        Boxes (N, 4) x1 y1 x2 y2 in pixels of the model input. That of a mask prompt without a positive logit encloses
+        its highest logits; that of a region without foreground points, all its points.
+    """
+    if prompts.masks is not None:
+        logits = prompts.masks[:, 0]  # (N, 4h, 4w)
+        is_inside = logits >= logits.amax((1, 2), keepdim=True).clamp(max=0)
+        return masks_to_boxes(is_inside) * (image_size / logits.shape[-1])
+    assert prompts.points is not None  # the only other prompt without a box
+    assert prompts.labels is not None  # of the points
+    is_foreground = prompts.labels == 1  # (N, P)
+    is_excluded = ~(is_foreground | ~is_foreground.any(1, keepdim=True))[..., None]
+    lowest = prompts.points.masked_fill(is_excluded, torch.inf).amin(1) - margin
+    highest = prompts.points.masked_fill(is_excluded, -torch.inf).amax(1) + margin
+    return torch.cat((lowest, highest), dim=1).clamp(0, image_size)
 
 
 def require_boxes(regions: SegmenterOutput, mixer: str) -> Tensor:

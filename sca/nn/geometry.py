@@ -8,6 +8,8 @@ import torch
 from sca_registry.contracts import PromptBatch, SegmenterOutput
 from torch import Tensor, nn
 
+from sca.nn.boxes import enclose_prompts
+
 NUM_FREQUENCIES = 4  # periods of 2, 1, 1/2 and 1/4 of the image side
 HIDDEN_SIZE = 128
 NUM_BOX_VALUES = 8  # x1 y1 x2 y2, center and size
@@ -50,44 +52,25 @@ class GeometryEmbedding(nn.Module):
 def compute_geometry(regions: SegmenterOutput, prompts: PromptBatch) -> Tensor:
     """Compute the geometry of regions.
 
-    The box of a region is the first of these that exists:
-
-    1. its box prompt;
-    2. the box of its best mask, if that is not empty;
-    3. the box of its foreground points.
+    The box of a region is that of `SegmentationModel.segment`. For a segmenter without boxes, it is the box of the mask
+    prompt, else of the foreground points.
 
     Args:
-        regions: Output of the segmenter.
+        regions: Output of `SegmentationModel.segment`.
         prompts: The prompts of the same N regions, with `image_boxes` and `aspect_ratios`.
 
     Returns:
         (N, 5) x1 y1 x2 y2 as fractions of the whole image, and its width divided by its height.
 
     Raises:
-        ValueError: The prompts do not have the boxes of their images, or a region has neither a box nor a point.
+        ValueError: The prompts do not have the boxes of their images.
     """
     if prompts.image_boxes is None or prompts.aspect_ratios is None:
         raise ValueError(
             "the model uses the geometry of regions, but the prompts have no image_boxes and aspect_ratios; create the "
             "prompts with Processor.group_prompts"
         )
-    boxes = regions.boxes
-    if prompts.points is not None and prompts.boxes is None:
-        point_boxes = _enclose_points(prompts)
-        boxes = point_boxes if boxes is None else torch.where(boxes.any(1, keepdim=True), boxes, point_boxes)
-    if boxes is None:
-        raise ValueError("the segmenter returns no boxes for mask prompts; use a segmenter that does, such as sam")
+    boxes = enclose_prompts(prompts, regions.image_size) if regions.boxes is None else regions.boxes
     origin, end = prompts.image_boxes.float().split(2, dim=1)
     corners = (boxes.float().unflatten(1, (2, 2)) - origin[:, None]) / (end - origin)[:, None]  # (N, 2, 2)
     return torch.cat((corners.flatten(1).clamp(0, 1), prompts.aspect_ratios.float()[:, None]), dim=1)
-
-
-def _enclose_points(prompts: PromptBatch) -> Tensor:
-    """Return the boxes (N, 4) of the foreground points, or of all points of a region without any."""
-    assert prompts.points is not None
-    assert prompts.labels is not None  # of the points
-    is_used = (prompts.labels == 1) | ~(prompts.labels == 1).any(1, keepdim=True)  # (N, P)
-    excluded = ~is_used[..., None]
-    lowest = prompts.points.masked_fill(excluded, torch.inf).amin(1)
-    highest = prompts.points.masked_fill(excluded, -torch.inf).amax(1)
-    return torch.cat((lowest, highest), dim=1)

@@ -1,7 +1,9 @@
 """Geometry in the prefix: the language model receives the box of a region in its whole image, also from crops."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -78,22 +80,44 @@ def test_geometry_is_a_fraction_of_the_image_for_both_resize_modes(
     assert inputs == [pytest.approx(PROMPT_GEOMETRY), [0, 0, 1, 1, 2]]
 
 
-def test_geometry_of_points_is_the_box_of_the_best_mask_or_else_of_the_points():
+def test_geometry_of_points_without_masks_is_the_box_of_the_foreground_points():
     class Regions:
-        boxes = torch.tensor([[8.0, 16, 24, 32], [0, 0, 0, 0]])
+        boxes = torch.tensor([[8.0, 16, 24, 32], [16, 32, 48, 64]])
+        image_size = 64
 
     points = torch.tensor([[[10.0, 20], [60, 60]], [[16, 32], [48, 8]]])
     prompts = PromptBatch(
         torch.tensor([0, 0]),
         points=points,
-        labels=torch.tensor([[1, 0], [1, 0]]),
+        labels=torch.tensor([[1, 0], [0, 0]]),
         image_boxes=torch.tensor([[0.0, 0, 64, 64]]).repeat(2, 1),
         aspect_ratios=torch.ones(2),
     )
-    expected = [[1 / 8, 1 / 4, 3 / 8, 1 / 2, 1], [1 / 4, 1 / 2, 1 / 4, 1 / 2, 1]]
-    torch.testing.assert_close(compute_geometry(Regions, prompts), torch.tensor(expected))
+    assert compute_geometry(Regions, prompts).tolist() == [[1 / 8, 1 / 4, 3 / 8, 1 / 2, 1], [1 / 4, 1 / 2, 3 / 4, 1, 1]]
     Regions.boxes = None
-    assert compute_geometry(Regions, prompts)[1].tolist() == expected[1]
+    expected = [[10 / 64, 20 / 64, 10 / 64, 20 / 64, 1], [1 / 4, 1 / 8, 3 / 4, 1 / 2, 1]]
+    assert compute_geometry(Regions, prompts).tolist() == expected
+
+
+def test_box_of_a_region_with_an_empty_mask_is_that_of_its_prompt(build_small_model, monkeypatch):
+    model = build_small_model()
+    segment = model.segmenter.forward
+
+    def segment_nothing(*arguments):
+        regions = segment(*arguments)
+        return replace(regions, masks=regions.masks.clamp(max=-1), boxes=torch.zeros_like(regions.boxes))
+
+    monkeypatch.setattr(model.segmenter, "forward", segment_nothing)
+    mask = np.zeros((100, 200), dtype=bool)
+    mask[25:50, 50:100] = True
+    point = (50, 50, 1)  # (16, 16) in the model input, whose grid has cells of 8 pixels
+    prompts = [Prompt(points=(point,)), Prompt(points=(point, (0, 0, 0))), Prompt(mask=mask), Prompt(box=(0, 0, 9, 9))]
+    engine = Engine(model)
+    chunks = engine.iter_segmented_chunks(engine.encode([WIDE_IMAGE]), [[*prompts, Prompt(mask=mask, points=(point,))]])
+    boxes = {index: regions.boxes[row].tolist() for rows, _, regions in chunks for row, index in enumerate(rows)}
+    assert boxes[0] == boxes[1] == [12, 12, 20, 20]
+    assert boxes[2] == boxes[4] == [16, 8, 32, 16]
+    assert boxes[3] == [0, 0, 0, 0]  # the boxes of box prompts are never replaced
 
 
 def test_geometry_of_a_zoomed_region_refers_to_the_whole_image(build_small_model, monkeypatch):
