@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from sca_registry import RegistryError
 from torch import Tensor
@@ -74,19 +74,15 @@ class FeatureCache:
             ValueError: The file is damaged.
         """
         try:
-            return torch.from_numpy(np.load(self.get_path(image), mmap_mode="r").astype(np.float32))
+            return torch.from_numpy(_map_features(self.get_path(image)).astype(np.float32))
         except FileNotFoundError as error:
             raise KeyError(f"no cached features of an image of size {image.size} in {self.folder}") from error
-        except ValueError as error:
-            raise ValueError(
-                f"{self.get_path(image)} is damaged ({error}); delete the file to recompute the features"
-            ) from error
 
     @torch.no_grad()
     def encode_missing(
         self, model: SegmentCaptioner, images: Iterable[Image.Image], progress: Callable[[], None], batch_size: int = 4
     ) -> None:
-        """Encode the images that are missing in the cache.
+        """Encode the images that are missing in the cache, or whose files are damaged.
 
         Args:
             model: Model with the encoder.
@@ -110,7 +106,7 @@ class FeatureCache:
 
         for image in images:
             path = self.get_path(image)
-            if not path.exists():
+            if not _has_features(path):
                 pending[path] = image
             if len(pending) == batch_size:
                 encode_pending()
@@ -186,28 +182,56 @@ def open_feature_cache(
     return FeatureCache(folder, model)
 
 
-def fill_feature_cache(
-    cache: FeatureCache, model: SegmentCaptioner, mixture: ExampleMixture, trainer: Trainer, quiet: bool
+def use_feature_cache(
+    recipe: Recipe,
+    model: SegmentCaptioner,
+    mixture: ExampleMixture,
+    trainer: Trainer,
+    report: Callable[[str], None],
+    quiet: bool,
 ) -> None:
-    """Encode all training images that are missing in the feature cache, split over the processes, and train on it.
+    """Encode all training images that are missing in the feature cache of a recipe, and train on the cached features.
+
+    The images are split over the processes. If an automatic cache cannot be filled, the images of every step are
+    encoded.
 
     Args:
-        cache: Feature cache.
+        recipe: Recipe of the training run.
         model: Model with the encoder.
         mixture: Examples to train on; they contain cached features from now on.
         trainer: Trainer, for the processes.
+        report: Called in the first process with lines about an automatic cache.
         quiet: Show no progress bar.
     """
+    cache = open_feature_cache(recipe, model, mixture, trainer, report)
+    if cache is None:
+        return
+    problem = ""
+    try:
+        _fill_feature_cache(cache, model, mixture, trainer, quiet)
+    except (OSError, ValueError) as error:  # no space, no permission, or features that float16 cannot represent
+        if recipe.train.feature_cache_dir not in FEATURE_CACHE_MODES:
+            raise
+        problem = str(error)
+    problems = [each for each in gather_object([problem]) if each]  # waits for the other processes
+    if not problems:
+        for stream in mixture.streams:
+            stream.cache = cache
+    elif trainer.is_world_process_zero():
+        report(f"not caching features, because they cannot be stored: {problems[0]}")
+
+
+def _fill_feature_cache(
+    cache: FeatureCache, model: SegmentCaptioner, mixture: ExampleMixture, trainer: Trainer, quiet: bool
+) -> None:
+    """Encode the images of this process that are missing in the feature cache."""
     samples = mixture.list_samples()
     process_samples = samples[trainer.args.process_index :: trainer.args.world_size]
     bar = tqdm(
         total=len(process_samples), desc="features", disable=quiet or not trainer.is_world_process_zero() or None
     )
-    cache.encode_missing(model, (dataset[index].image for dataset, index in process_samples), bar.update)
-    bar.close()
-    for stream in mixture.streams:
-        stream.cache = cache
-    trainer.accelerator.wait_for_everyone()
+    with bar:
+        cache.encode_missing(model, (dataset[index].image for dataset, index in process_samples), bar.update)
 
 
 def _count_feature_bytes(model: SegmentCaptioner, image: Image.Image) -> int:
@@ -218,8 +242,27 @@ def _count_feature_bytes(model: SegmentCaptioner, image: Image.Image) -> int:
 
 
 def _count_free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk of a folder that may not exist yet."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    """Return the free bytes of the disk of a folder that may not exist yet; 0 if it cannot be read."""
+    try:
+        return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    except OSError:
+        return 0
+
+
+def _map_features(path: Path) -> np.ndarray:
+    """Map a file of features into memory. Raises ValueError for a damaged file."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete the file to recompute the features") from error
+
+
+def _has_features(path: Path) -> bool:
+    """Return whether a file of features exists and is complete."""
+    try:
+        return _map_features(path).size > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _write_features(path: Path, features: Tensor) -> None:

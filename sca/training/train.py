@@ -31,7 +31,7 @@ from sca.model import SegmentCaptioner
 from sca.training.auxiliary_losses import AttributeValues
 from sca.training.datasets import open_training_datasets, open_validation_dataset, report_datasets
 from sca.training.examples import ExampleMixture, ExampleStream, collate_examples
-from sca.training.feature_cache import check_cacheable, fill_feature_cache, open_feature_cache
+from sca.training.feature_cache import check_cacheable, use_feature_cache
 from sca.training.log import TrainingLog
 from sca.training.module import TrainingModule, check_lr_multipliers
 from sca.training.recipe import DEFAULT_LOSS_WEIGHTS, RECIPE_KEYS, Recipe, TrainOptions
@@ -188,9 +188,7 @@ def _train_process(
         trainer.add_callback(StopCallback(stop_step))
     if recipe.validate is not None and validation_dataset is not None and len(validation_dataset):
         trainer.add_callback(ValidationCallback(trainer, recipe.validate, validation_dataset, folder, report))
-    cache = open_feature_cache(recipe, model.to(trainer.args.device), mixture, trainer, report)
-    if cache is not None:
-        fill_feature_cache(cache, model, mixture, trainer, quiet)
+    use_feature_cache(recipe, model.to(trainer.args.device), mixture, trainer, report, quiet)
     if run_folder is not None:
         input_paths = iter_existing_paths(recipe.to_dict())
         run_folder.begin_run(

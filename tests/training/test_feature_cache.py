@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from sca_registry import RegistryError
 
-from sca.training.feature_cache import FeatureCache, open_feature_cache
+from sca.io.errors import OutputError
+from sca.training.feature_cache import FeatureCache, open_feature_cache, use_feature_cache
 from sca.training.recipe import Recipe
 from sca.training.train import prepare_training, train
 
@@ -108,6 +109,38 @@ def test_only_the_first_process_reports_an_automatic_feature_cache(make_recipe, 
     assert open_feature_cache(recipe, model, mixture, trainer, messages.append) is None
 
 
+def use_cache(recipe, messages):
+    """Use the feature cache of a recipe in one process; return the cache of its examples, or None."""
+    trainer = SimpleNamespace(args=SimpleNamespace(world_size=1, process_index=0), is_world_process_zero=lambda: True)
+    model, mixture, *_ = prepare_training(recipe)
+    use_feature_cache(recipe, model, mixture, trainer, messages.append, quiet=True)
+    return mixture.streams[0].cache
+
+
+def test_training_continues_without_an_automatic_feature_cache_that_cannot_be_written(
+    make_recipe, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path / "file" / "cache"))
+    messages = []
+    assert use_cache(make_recipe(steps=10), messages) is None
+    assert messages[1].startswith("not caching features, because they cannot be stored: cannot write ")
+    with pytest.raises(OutputError, match="choose another folder"):
+        use_cache(make_recipe(steps=10, feature_cache_dir=str(tmp_path / "file" / "cache")), messages)
+
+
+def test_training_continues_without_an_automatic_feature_cache_if_features_exceed_float16(
+    make_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "sca.model.SegmentationModel.encode", lambda self, pixels: torch.full((len(pixels), 32, 8, 8), 1e9)
+    )
+    messages = []
+    assert use_cache(make_recipe(steps=10), messages) is None
+    assert "the features exceed the range of float16" in messages[1]
+
+
 def test_recipe_rejects_empty_feature_cache_dir(make_recipe):
     with pytest.raises(RegistryError, match="feature_cache_dir is empty; use a folder"):
         make_recipe(feature_cache_dir="")
@@ -146,9 +179,12 @@ def test_feature_cache_reports_missing_broken_and_overflowing_features(build_sma
     cache.encode_missing(model, [image, image], lambda: None)
     assert cache[image].shape == model.encode(torch.zeros(1, 3, 64, 64)).shape[1:]
     assert np.load(cache.get_path(image)).dtype == np.float16
-    cache.get_path(image).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is damaged .* delete the file"):
-        cache[image]
+    for content in (b"", b"half", cache.get_path(image).read_bytes()[:-1]):
+        cache.get_path(image).write_bytes(content)
+        with pytest.raises(ValueError, match=r"is damaged .* delete the file"):
+            cache[image]
+        cache.encode_missing(model, [image], lambda: None)
+        assert cache[image].isfinite().all()
     model.encode = lambda pixels: torch.full((len(pixels), 4, 8, 8), 1e9)
     cache.get_path(image).unlink()
     with pytest.raises(ValueError, match="exceed the range of float16"):
