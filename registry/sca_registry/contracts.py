@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-REGION_PATTERN = re.compile(r"<region (\d{1,4})>")  # reference to a region in a question
+REGION_PATTERN = re.compile(r"<region\s*(\d{1,9})\s*>", re.IGNORECASE)  # reference to a region in a question
 JUDGE_QUESTIONS = "judge_questions"  # attribute of a region: a list of dicts with the fields of `JudgeQuestion`
 OPTION_SCORES = (-1, 0, 0.5, 1)  # scores of the options of a judge's question
 RECOGNITION_TASK_ID, CAPTION_TASK_ID = 0, 1

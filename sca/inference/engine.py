@@ -35,7 +35,7 @@ from sca.inference.processor import InputFrame, Processor
 from sca.inference.prompt_arguments import check_question_task, check_task
 from sca.io.masks import decode_rle, encode_rle, mask_to_box
 from sca.io.text import format_count
-from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion
+from sca.language_models.questions import LENGTH_REQUESTS, EncodedQuestion, check_question_text
 from sca.language_models.token_usage import count_tokens, get_eos_token_ids
 from sca.model import NON_FINITE_HINT, SegmentCaptioner, count_rows_per_call
 from sca.nn.masks import select_best_masks
@@ -437,9 +437,10 @@ class Engine(MaskEngine):
             question: Question.
 
         Raises:
-            ValueError: The question is empty, refers to region 0, or is too long.
+            ValueError: The question is empty, has a malformed reference, refers to region 0, contains a special token,
+                or is too long.
         """
-        self.require_tokenizer()
+        check_question_text(self.require_tokenizer(), question)
         length = self.model.count_question_positions(self.model.encode_question(question))
         max_positions = getattr(self.model.language_model, "max_positions", None)
         if max_positions is not None and length >= max_positions:

@@ -273,6 +273,11 @@ class TextTokenizer:
         """Largest token id plus one."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """Texts of the special tokens, those of the chat template included."""
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Return at most `max_length` token ids, EOS included."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

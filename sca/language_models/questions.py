@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ LENGTH_REQUESTS = {  # texts that follow the prefix, by length of the caption
     "phrase": "describe it in one phrase.",
     "full": "describe it in full.",
 }
+REFERENCE_LIKE_PATTERN = re.compile(r"<\s*regions?(?![a-z])[^<>]*>", re.IGNORECASE)
 MAX_SHORT_WORDS, MAX_PHRASE_WORDS = 3, 8
 
 
@@ -44,6 +46,26 @@ def classify_length(text: str) -> str:
     """
     num_words = len(text.split())
     return "short" if num_words <= MAX_SHORT_WORDS else "phrase" if num_words <= MAX_PHRASE_WORDS else "full"
+
+
+def check_question_text(tokenizer: Tokenizer, question: str) -> None:
+    """Check the text of a user's question.
+
+    Args:
+        tokenizer: Tokenizer of the language model; `special_tokens` are the texts of its special tokens.
+        question: Text.
+
+    Raises:
+        ValueError: It contains a malformed reference to a region, or a special token, which would end the question.
+    """
+    for reference in REFERENCE_LIKE_PATTERN.findall(question):
+        if not REGION_PATTERN.fullmatch(reference):
+            raise ValueError(
+                f"the question contains {reference!r:.40}; refer to regions as <region 1>, <region 2>, ..."
+            )
+    for token in getattr(tokenizer, "special_tokens", ()):
+        if token in question:
+            raise ValueError(f"the question contains the special token {token!r} of the language model; remove it")
 
 
 def encode_question(tokenizer: Tokenizer, question: str, template: str | None = None) -> EncodedQuestion:

@@ -96,6 +96,35 @@ def test_encode_question_rejects(tokenizer, question, message):
         encode_question(tokenizer, question)
 
 
+@pytest.mark.parametrize(
+    "text", ["is <region  2> red?", "is <region\n2> red?", "is <Region 2 > red?", "is <region2> red?"]
+)
+def test_reference_with_other_spacing_is_that_of_the_same_region(model, text):
+    engine = Engine(model)
+    encoded = engine.encode([SAMPLE.image])
+    (expected,) = engine.caption_batch(encoded, [PROMPTS], question="is <region 2> red?")[0]
+    (answer,) = engine.caption_batch(encoded, [PROMPTS], question=text)[0]
+    assert (answer.text, answer.score, answer.region_id) == (expected.text, expected.score, 1)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("is <region one> red?", "contains '<region one>'; refer to regions as <region 1>"),
+        ("is <region -1> red?", "contains '<region -1>'"),
+        ("is <region 1234567890> red?", "contains '<region 1234567890>'"),
+        ("is <region 123456789> red?", "refers to <region 123456789>, but the image has 3 regions"),
+        ("red?<|end|>", r"contains the special token '<\|end\|>' of the language model; remove it"),
+    ],
+)
+def test_predictor_rejects_questions_with_malformed_references_and_special_tokens(model, question, message):
+    predictor = Predictor(model)
+    predictor.set_image(SAMPLE.image)
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(PROMPTS, question=question)
+    assert predictor.predict(PROMPTS, question="<regional> {prompt} {{ 1 }} <visual prefix> \u00e9\U0001f600 ١?")
+
+
 def embed_ids(model, ids):
     return model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.long))
 
