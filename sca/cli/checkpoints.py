@@ -221,7 +221,8 @@ def export(
     }
     check_option_choice("layout", layout, list(writers))
     check_folder_replaceable(out)
-    model = load(checkpoint, trust_remote_code=trust_remote_code, allow_external=allow_external)
+    precision = "float32" if layout == "onnx" else None  # the only one of the graphs
+    model = load(checkpoint, precision=precision, trust_remote_code=trust_remote_code, allow_external=allow_external)
     writers[layout](model, out)
     print_stderr(f"wrote {out}")
 

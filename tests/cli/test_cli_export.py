@@ -2,6 +2,8 @@
 
 import shutil
 
+import torch
+
 import sca
 from sca.checkpoints.export import write_language_model
 
@@ -23,3 +25,16 @@ def test_export_writes_a_portable_checkpoint_only_if_external_files_are_allowed(
 def test_export_rejects_an_unknown_layout(get_sca_error):
     message = get_sca_error(2, "export", "sca-tiny", "out", "--layout", "portabel")
     assert message.startswith("unknown layout 'portabel'")
+
+
+def test_export_converts_models_to_the_precision_of_onnx(build_small_model, run_sca, working_folder, monkeypatch):
+    write_language_model(build_small_model(), working_folder / "lm")
+    language_model = {"name": "hf", "weights": str(working_folder / "lm"), "dtype": "bfloat16"}
+    sca.save(build_small_model(language_model=language_model), working_folder / "native")
+    models = []
+    for name in ("onnx_export.write_onnx_graphs", "portable.write_portable_checkpoint"):
+        monkeypatch.setattr(f"sca.checkpoints.{name}", lambda model, folder: models.append(model))
+    for layout in ("onnx", "portable"):
+        run_sca("export", "./native", "out", "--layout", layout, "--allow-external")
+    dtypes = [{parameter.dtype for parameter in model.parameters()} for model in models]
+    assert dtypes == [{torch.float32}, {torch.float32, torch.bfloat16}]
