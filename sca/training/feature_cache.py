@@ -78,6 +78,17 @@ class FeatureCache:
         except FileNotFoundError as error:
             raise KeyError(f"no cached features of an image of size {image.size} in {self.folder}") from error
 
+    def count_missing(self, images: Iterable[Image.Image]) -> int:
+        """Count the images whose features are not in the cache.
+
+        Args:
+            images: Images.
+
+        Returns:
+            Their number.
+        """
+        return sum(not _has_features(self.get_path(image)) for image in images)
+
     @torch.no_grad()
     def encode_missing(
         self, model: SegmentCaptioner, images: Iterable[Image.Image], progress: Callable[[], None], batch_size: int = 4
@@ -168,18 +179,24 @@ def open_feature_cache(
     if len(mixture) < MIN_USES_OF_CACHED_IMAGE * len(samples):
         return None
     folder = get_cache_folder() / "features"
+    cache = FeatureCache(folder, model)
     dataset, index = samples[0]
-    num_bytes = len(samples) * _count_feature_bytes(model, dataset[index].image)
-    decisions = [num_bytes <= _count_free_bytes(folder) * MAX_FRACTION_OF_FREE_SPACE]
+    bytes_per_image = _count_feature_bytes(model, dataset[index].image)
+    max_images = int(_count_free_bytes(folder) * MAX_FRACTION_OF_FREE_SPACE) // bytes_per_image
+    num_missing = len(samples)
+    if num_missing > max_images and cache.folder.is_dir():  # an earlier run may have cached them
+        num_missing = cache.count_missing(dataset[index].image for dataset, index in samples)
+    decisions = [num_missing <= max_images]
     broadcast_object_list(decisions)  # disk space may change between the calls of two processes
     if not decisions[0]:
         return None
     if trainer.is_world_process_zero():
+        size = format_bytes(len(samples) * bytes_per_image)
         report(
-            f"caching the features of {len(samples):,} images ({format_bytes(num_bytes)}) in {folder}; "
+            f"caching the features of {len(samples):,} images ({size}) in {folder}; "
             "set train.feature_cache_dir=none to disable this"
         )
-    return FeatureCache(folder, model)
+    return cache
 
 
 def use_feature_cache(

@@ -112,6 +112,7 @@ def test_only_the_first_process_reports_an_automatic_feature_cache(make_recipe, 
 def use_cache(recipe, messages):
     """Use the feature cache of a recipe in one process; return the cache of its examples, or None."""
     trainer = SimpleNamespace(args=SimpleNamespace(world_size=1, process_index=0), is_world_process_zero=lambda: True)
+    torch.manual_seed(0)
     model, mixture, *_ = prepare_training(recipe)
     use_feature_cache(recipe, model, mixture, trainer, messages.append, quiet=True)
     return mixture.streams[0].cache
@@ -127,6 +128,15 @@ def test_training_continues_without_an_automatic_feature_cache_that_cannot_be_wr
     assert messages[1].startswith("not caching features, because they cannot be stored: cannot write ")
     with pytest.raises(OutputError, match="choose another folder"):
         use_cache(make_recipe(steps=10, feature_cache_dir=str(tmp_path / "file" / "cache")), messages)
+
+
+def test_automatic_feature_cache_of_a_resumed_run_needs_no_more_disk_space(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCA_CACHE", str(tmp_path))
+    cache = use_cache(make_recipe(steps=10), [])
+    monkeypatch.setattr("sca.training.feature_cache._count_free_bytes", lambda folder: 0)
+    assert use_cache(make_recipe(steps=10), []).folder == cache.folder
+    next(cache.folder.rglob("*.npy")).unlink()
+    assert use_cache(make_recipe(steps=10), []) is None
 
 
 def test_training_continues_without_an_automatic_feature_cache_if_features_exceed_float16(
