@@ -8,7 +8,7 @@ from typing import Any
 from sca_registry.errors import format_choices
 from sca_registry.spec import DEFAULT_GENERATION, check_generation
 
-from sca.io.validation import check_choice, check_type
+from sca.io.validation import check_choice, check_encodable, check_type
 from sca.language_models.questions import LENGTH_REQUESTS
 
 CAPTION_OPTIONS = ("max_new_tokens", "num_beams", "num_captions", "do_sample", "temperature", "top_p", "seed")
@@ -60,6 +60,7 @@ def resolve_generation_options(
     supported = getattr(captioner, "generation_options", CAPTION_OPTIONS)
     if question is not None:
         check_type("question", question, str)
+        check_encodable("the question", question)
         if "question" not in supported:
             raise ValueError(
                 "this captioner does not support questions; use a model that is trained with train.question_prob, or a "

@@ -114,6 +114,7 @@ def test_reference_with_other_spacing_is_that_of_the_same_region(model, text):
         ("is <region -1> red?", "contains '<region -1>'"),
         ("is <region 1234567890> red?", "contains '<region 1234567890>'"),
         ("is <region 123456789> red?", "refers to <region 123456789>, but the image has 3 regions"),
+        ("red \ud83d?", r"the question contains '\\ud83d', half of a surrogate pair"),
         ("red?<|end|>", r"contains the special token '<\|end\|>' of the language model; remove it"),
     ],
 )
