@@ -269,9 +269,10 @@ def _count_free_bytes(folder: Path) -> int:
 def _map_features(path: Path) -> np.ndarray:
     """Map a file of features into memory. Raises ValueError for a damaged file."""
     try:
-        return np.load(path, mmap_mode="r")
+        features: np.ndarray = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete the file to recompute the features") from error
+    return features
 
 
 def _has_features(path: Path) -> bool:
