@@ -5,11 +5,13 @@ import pytest
 import torch
 from PIL import Image
 from sca_registry.contracts import Prompt, PromptBatch
+from tiny_segmenters import SAM_CONFIG
 from transformers import SamModel
 
 import sca
 from sca.encoders.sam import SamEncoder
 from sca.segmenters.sam import SamSegmenter
+from sca.testing.parity import check_parity
 
 IMAGE_INDEX = torch.tensor([0, 0, 1, 1])
 BOXES = torch.tensor([[10.0, 20, 50, 60], [0, 0, 63, 40], [5, 5, 9, 9], [30.5, 1.25, 44, 60]])
@@ -74,6 +76,22 @@ def test_sam_mask_prompts_match_transformers_for_each_region(reference_model, en
             input_masks=masks[row][None],
         )
         assert torch.allclose(output.masks[row], expected.pred_masks[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("table", "fields"),
+    [
+        ("mask_decoder_config", {"hidden_act": "gelu"}),
+        ("mask_decoder_config", {"layer_norm_eps": 0.01}),
+        ("mask_decoder_config", {"attention_downsample_rate": 1}),
+        ("mask_decoder_config", {"num_multimask_outputs": 4}),
+        ("prompt_encoder_config", {"hidden_act": "relu", "layer_norm_eps": 0.01, "num_point_embeddings": 5}),
+    ],
+)
+def test_sam_applies_all_fields_of_the_configuration(table, fields):
+    config = {**SAM_CONFIG, table: {**SAM_CONFIG[table], **fields}}
+    results = check_parity("segmenter", "sam", "transformers:SamModel", config=config)
+    assert all(result.passed for result in results), results
 
 
 @torch.no_grad()
