@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sca.io.hub import silence_transformers
+from sca.io.validation import check_encodable
 
 
 def parse_phrases(text: str | Sequence[str]) -> tuple[str, ...]:
@@ -18,14 +19,15 @@ def parse_phrases(text: str | Sequence[str]) -> tuple[str, ...]:
         The phrases without surrounding whitespace.
 
     Raises:
-        ValueError: There is no phrase, or a phrase is empty or not text.
+        ValueError: There is no phrase, or a phrase is empty, not text or not valid Unicode.
     """
     phrases = [text] if isinstance(text, str) else list(text)
     if not phrases:
         raise ValueError("no text to find; pass --text PHRASE, or set text=['red car', 'dog']")
     for phrase in phrases:
         if not isinstance(phrase, str) or not phrase.strip():
-            raise ValueError(f"text contains {phrase!r}, which is not a phrase; pass words, such as 'red car'")
+            raise _make_phrase_error(phrase)
+        check_encodable("text", phrase)
     return tuple(phrase.strip() for phrase in phrases)
 
 
@@ -37,8 +39,17 @@ def split_phrases(phrases: Sequence[str]) -> list[str]:
 
     Returns:
         The parts, such as "red car", "a cat" and "a dog".
+
+    Raises:
+        ValueError: A phrase consists of periods.
     """
-    return [part for phrase in phrases for each in phrase.lower().split(".") if (part := each.strip())]
+    parts = []
+    for phrase in phrases:
+        phrase_parts = [part for each in phrase.lower().split(".") if (part := each.strip())]
+        if not phrase_parts:
+            raise _make_phrase_error(phrase)
+        parts += phrase_parts
+    return parts
 
 
 def join_phrases(phrases: Sequence[str]) -> str:
@@ -49,6 +60,9 @@ def join_phrases(phrases: Sequence[str]) -> str:
 
     Returns:
         Text such as "red car. dog.".
+
+    Raises:
+        ValueError: A phrase consists of periods.
     """
     return " ".join(f"{part}." for part in split_phrases(phrases))
 
@@ -71,3 +85,7 @@ def check_num_tokens(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> N
             raise ValueError(
                 f"the text {text[:80]!r} has {num_tokens} tokens, and the model reads {max_tokens}; shorten it"
             )
+
+
+def _make_phrase_error(phrase: Any) -> ValueError:
+    return ValueError(f"text contains {phrase!r}, which is not a phrase; pass words, such as 'red car'")

@@ -74,6 +74,12 @@ def test_grounding_dino_text_is_lower_case_with_a_period_after_each_phrase():
     assert join_phrases(["Red car", "dog. ", "a cat. a Bird"]) == "red car. dog. a cat. a bird."
 
 
+@pytest.mark.parametrize("phrases", [["."], ["dog", " . "]])
+def test_grounding_dino_rejects_a_phrase_of_periods(phrases):
+    with pytest.raises(ValueError, match=r"text contains ' ?\. ?', which is not a phrase; pass words"):
+        join_phrases(phrases)
+
+
 def test_grounding_dino_reads_weights_of_mm_grounding_dino(build_tiny, colored_image, tmp_path):
     from sca.testing.tiny import get_tiny_options
 
@@ -99,6 +105,7 @@ def test_text_is_one_phrase_or_several(name, build_tiny, colored_image):
         ("", "text contains '', which is not a phrase; pass words"),
         (["car", " "], "text contains ' ', which is not a phrase"),
         (["car", 3], "text contains 3, which is not a phrase"),
+        ("\ud800", "text contains '.ud800', half of a surrogate pair, which is not text; remove it"),
         ("x " * 300 + "x", "tokens, and the model reads"),
     ],
 )
