@@ -40,7 +40,7 @@ from sca.checkpoints.tensors import BuildSizeLimit, assign_tensors, hash_weights
 from sca.checkpoints.trust import EXTERNAL_REMEDY, TrustError, is_settable
 from sca.checkpoints.uncertainty import hash_as_float32, read_uncertainty, serialize_uncertainty
 from sca.devices import resolve_dtype
-from sca.encoders.model_types import find_encoder_of_segmenter
+from sca.encoders.model_types import ENCODER_BY_MODEL_TYPE, find_encoder_of_segmenter, read_model_type
 from sca.hints import check_argument_names
 from sca.io.atomic import check_folder_replaceable, write_folder
 from sca.io.errors import InputError, OutputError
@@ -359,6 +359,11 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def _describe_missing_checkpoint(folder: Path) -> str:
+    if model_type := read_model_type(folder):
+        return (
+            f"{folder} has the model type {model_type!r}, which is no promptable segmenter; pass one of the type "
+            f"{', '.join(ENCODER_BY_MODEL_TYPE)}, or a folder written by `sca train` or sca.save"
+        )
     if (folder / CONFIG_FILE).exists():
         return f"{folder} has no {SPEC_FILE}; pass a folder written by `sca train` or sca.save"
     if links := find_external_links(folder):

@@ -25,8 +25,14 @@ def find_encoder_of_segmenter(folder: Path) -> str | None:
     Returns:
         The registered name, to be built with `weights=folder`; None if the folder contains no such segmenter.
     """
+    return ENCODER_BY_MODEL_TYPE.get(read_model_type(folder) or "")
+
+
+def read_model_type(folder: Path) -> str | None:
+    """Return the model type in a folder in transformers' format; None for any other folder."""
     try:
         config = read_json(folder / CONFIG_FILE)
     except (InputError, OSError):
         return None
-    return ENCODER_BY_MODEL_TYPE.get(str(config.get("model_type"))) if isinstance(config, dict) else None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    return None if model_type is None else str(model_type)

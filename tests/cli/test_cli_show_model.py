@@ -61,6 +61,14 @@ def test_show_model_prints_no_training_details_of_copied_checkpoint(run_sca, tra
     assert "trained by" not in strip_facts(run_sca("show", "model", copied_checkpoint))
 
 
+def test_show_model_names_the_model_type_of_a_folder_in_another_format(get_sca_error, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "sam9"}')
+    error = get_sca_error(2, "show", "model", tmp_path)
+    assert "has the model type 'sam9', which is no promptable segmenter; pass one of the type sam, " in error
+    (tmp_path / "config.json").write_text("{}")
+    assert "has no spec.json; pass a folder written by `sca train`" in get_sca_error(2, "show", "model", tmp_path)
+
+
 def test_show_model_rejects_folders_without_readable_model(get_sca_error, training_run_folder, tmp_path):
     assert "has no checkpoint; expected spec.json" in get_sca_error(2, "show", "model", tmp_path)
     assert "Did you mean 'sca-tiny'?" in get_sca_error(2, "show", "model", "sca-tniy")
