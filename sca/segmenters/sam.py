@@ -7,6 +7,7 @@ results: the output tokens and the updated image features of each region.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,6 +35,9 @@ CONFIG_FIELDS = {
     "iou_head_depth": ("mask_decoder_config", "iou_head_depth"),
     "iou_head_hidden_size": ("mask_decoder_config", "iou_head_hidden_dim"),
 }
+# fields that the modules of `sca.nn.sam` apply; others require those of transformers
+MASK_DECODER_FIELDS = {field.name for field in fields(MaskDecoderConfig)}
+PROMPT_ENCODER_FIELDS = {"hidden_size", "image_size", "patch_size", "mask_input_channels"}
 BOX_MASKS_FIELD = "box_masks"  # of `prompt_encoder_config`; transformers ignores it
 UPSCALE_ELEMENTS_PER_CHUNK = 2**22  # grid elements that are upscaled at once on a CPU
 
@@ -157,18 +161,20 @@ class SamSegmenter(nn.Module):
                 **_read_stored_options(stored_config),
                 **{name: value for name, value in chosen_options.items() if value is not None},
             }
-            mask_decoder_config = MaskDecoderConfig(
-                hidden_size=options["hidden_size"],
-                num_hidden_layers=options["depth"],
-                num_attention_heads=options["num_heads"],
-                mlp_dim=options["mlp_dim"],
-                iou_head_depth=options["iou_head_depth"],
-                iou_head_hidden_dim=options.get("iou_head_hidden_size", options["hidden_size"]),
-            )
-            self.box_masks = bool(_get_table(stored_config, "prompt_encoder_config").get(BOX_MASKS_FIELD, False))
-            self.prompt_encoder, self.decoder = self.build_modules(
-                mask_decoder_config, encoder.stride, options["mask_input_channels"]
-            )
+            options.setdefault("iou_head_hidden_size", options["hidden_size"])
+            prompt_fields = {
+                **_get_table(stored_config, "prompt_encoder_config"),
+                "hidden_size": options["hidden_size"],
+                "image_size": self.image_size,
+                "patch_size": encoder.stride,
+                "mask_input_channels": options.pop("mask_input_channels"),
+            }
+            decoder_fields = {
+                **_get_table(stored_config, "mask_decoder_config"),
+                **{CONFIG_FIELDS[name][1]: value for name, value in options.items()},
+            }
+            self.box_masks = bool(prompt_fields.pop(BOX_MASKS_FIELD, False))
+            self.prompt_encoder, self.decoder = self.build_modules(decoder_fields, prompt_fields)
         if box_masks is not None:
             self.box_masks = box_masks
         self.channels: int = self.decoder.hidden_size
@@ -190,13 +196,29 @@ class SamSegmenter(nn.Module):
         return sam.prompt_encoder, sam.mask_decoder
 
     def build_modules(
-        self, mask_decoder_config: MaskDecoderConfig, patch_size: int, mask_input_channels: int
+        self, decoder_fields: Mapping[str, Any], prompt_fields: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
-        """Build a prompt encoder and a mask decoder with random weights."""
-        prompt_encoder = PromptEncoder(
-            mask_decoder_config.hidden_size, self.image_size, self.image_size // patch_size, mask_input_channels
-        )
-        return prompt_encoder, MaskDecoder(mask_decoder_config)
+        """Build a prompt encoder and a mask decoder with random weights.
+
+        Args:
+            decoder_fields: Fields of transformers' `mask_decoder_config`: all that are stored with the weights, and the
+                sizes.
+            prompt_fields: Fields of `prompt_encoder_config`.
+
+        Returns:
+            The prompt encoder and the mask decoder.
+        """
+        if decoder_fields.keys() <= MASK_DECODER_FIELDS and prompt_fields.keys() <= PROMPT_ENCODER_FIELDS:
+            prompt_encoder = PromptEncoder(
+                prompt_fields["hidden_size"],
+                prompt_fields["image_size"],
+                prompt_fields["image_size"] // prompt_fields["patch_size"],
+                prompt_fields["mask_input_channels"],
+            )
+            return prompt_encoder, MaskDecoder(MaskDecoderConfig(**decoder_fields))
+        from sca.segmenters.sam_weights import build_sam_modules
+
+        return build_sam_modules(decoder_fields, prompt_fields)
 
     def forward(self, features: Tensor, prompts: PromptBatch, multimask_output: bool = True) -> SegmenterOutput:
         """Segment prompted regions.

@@ -7,7 +7,9 @@ features in the upscaling of masks, a sigmoid over IoU scores, and a single mask
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from sca_registry.contracts import ConfidentMasks, PromptBatch, SegmenterOutput
@@ -16,7 +18,6 @@ from transformers import Sam2MaskDecoderConfig, Sam2PromptEncoderConfig
 from transformers.models.sam2.modeling_sam2 import Sam2MaskDecoder, Sam2PromptEncoder
 
 from sca.nn.masks import select_confident_masks, select_mask_indices
-from sca.nn.sam import MaskDecoderConfig
 from sca.nn.sam2 import load_sam2_model
 from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import SamSegmenter
@@ -42,26 +43,11 @@ class Sam2Segmenter(SamSegmenter):
         return model.prompt_encoder, _prepare_decoder(model.mask_decoder)
 
     def build_modules(
-        self, mask_decoder_config: MaskDecoderConfig, patch_size: int, mask_input_channels: int
+        self, decoder_fields: Mapping[str, Any], prompt_fields: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
         """Build a prompt encoder and a mask decoder with random weights."""
-        config = mask_decoder_config
-        decoder_config = Sam2MaskDecoderConfig(
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            mlp_dim=config.mlp_dim,
-            iou_head_depth=config.iou_head_depth,
-            iou_head_hidden_dim=config.iou_head_hidden_dim,
-        )
-        prompt_encoder = Sam2PromptEncoder(
-            Sam2PromptEncoderConfig(
-                hidden_size=config.hidden_size,
-                image_size=self.image_size,
-                patch_size=patch_size,
-                mask_input_channels=mask_input_channels,
-            )
-        )
+        decoder_config = Sam2MaskDecoderConfig.from_dict(dict(decoder_fields))
+        prompt_encoder = Sam2PromptEncoder(Sam2PromptEncoderConfig.from_dict(dict(prompt_fields)))
         self.grid_embedding = copy.deepcopy(prompt_encoder.shared_embedding)
         return prompt_encoder, _prepare_decoder(Sam2MaskDecoder(decoder_config))
 

@@ -7,11 +7,12 @@ exchanged.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQPromptEncoderConfig
+from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel
 from transformers.models.sam_hq.modeling_sam_hq import (
     SamHQMaskDecoder,
     SamHQPositionalEmbedding,
@@ -20,7 +21,6 @@ from transformers.models.sam_hq.modeling_sam_hq import (
 )
 
 from sca.io.hub import load_pretrained
-from sca.nn.sam import MaskDecoderConfig
 from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import SamSegmenter
 from sca.segmenters.sam_weights import POSITION_FREQUENCY_SCALE
@@ -42,27 +42,15 @@ class SamHqSegmenter(SamSegmenter):
         return model.prompt_encoder, _prepare_decoder(model.mask_decoder)
 
     def build_modules(
-        self, mask_decoder_config: MaskDecoderConfig, patch_size: int, mask_input_channels: int
+        self, decoder_fields: Mapping[str, Any], prompt_fields: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
         """Build a prompt encoder and a mask decoder with random weights."""
-        config = mask_decoder_config
+        hidden_size = prompt_fields["hidden_size"]
         model = SamHqPromptAndMaskModel(
             SamHQConfig(
-                vision_config={"hidden_size": POSITION_FREQUENCY_SCALE, "num_pos_feats": config.hidden_size // 2},
-                prompt_encoder_config=SamHQPromptEncoderConfig(
-                    hidden_size=config.hidden_size,
-                    image_size=self.image_size,
-                    patch_size=patch_size,
-                    mask_input_channels=mask_input_channels,
-                ),
-                mask_decoder_config=SamHQMaskDecoderConfig(
-                    hidden_size=config.hidden_size,
-                    num_hidden_layers=config.num_hidden_layers,
-                    num_attention_heads=config.num_attention_heads,
-                    mlp_dim=config.mlp_dim,
-                    iou_head_depth=config.iou_head_depth,
-                    iou_head_hidden_dim=config.iou_head_hidden_dim,
-                ),
+                vision_config={"hidden_size": POSITION_FREQUENCY_SCALE, "num_pos_feats": hidden_size // 2},
+                prompt_encoder_config=dict(prompt_fields),
+                mask_decoder_config=dict(decoder_fields),
             )
         )
         return model.prompt_encoder, _prepare_decoder(model.mask_decoder)

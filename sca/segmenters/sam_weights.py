@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import nn
 from transformers import SamConfig, SamMaskDecoderConfig, SamModel
@@ -17,6 +18,22 @@ from sca.nn.two_way_transformer import TwoWayForward
 
 # `hidden_size` of the vision configuration, half of which is the std of the random frequencies: 1, as in SAM's own code
 POSITION_FREQUENCY_SCALE = 2
+
+
+def build_sam_modules(
+    decoder_fields: Mapping[str, Any], prompt_fields: Mapping[str, Any]
+) -> tuple[SamPromptEncoder, SamMaskDecoder]:
+    """Build transformers' prompt encoder and mask decoder with random weights; see `SamSegmenter.build_modules`."""
+    config = SamConfig(
+        vision_config={
+            "hidden_size": POSITION_FREQUENCY_SCALE,
+            "num_pos_feats": prompt_fields["hidden_size"] // 2,
+        },
+        prompt_encoder_config=dict(prompt_fields),
+        mask_decoder_config=dict(decoder_fields),
+    )
+    model = SamPromptAndMaskModel(config)
+    return model.prompt_encoder, model.mask_decoder
 
 
 class SamPromptAndMaskModel(SamPreTrainedModel):

@@ -12,12 +12,14 @@ def list_shapes(segmenter):
     return {name: tuple(tensor.shape) for name, tensor in segmenter.state_dict().items()}
 
 
+@pytest.mark.parametrize("decoder_fields", [{}, {"attention_downsample_rate": 1, "num_multimask_outputs": 4}])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_random_segmenter_has_the_sizes_of_its_encoder(name, tmp_path):
-    build_tiny_model(MODEL_TYPES[name], CONFIGS[name]).save_pretrained(tmp_path)
+def test_random_segmenter_has_the_sizes_of_its_encoder(name, decoder_fields, tmp_path):
+    config = {**CONFIGS[name], "mask_decoder_config": {**CONFIGS[name]["mask_decoder_config"], **decoder_fields}}
+    build_tiny_model(MODEL_TYPES[name], config).save_pretrained(tmp_path)
     encoder = sca_registry.encoders.build(name, weights=str(tmp_path))
     expected = list_shapes(sca_registry.segmenters.build(name, encoder))
-    for options in ({"weights": str(tmp_path)}, {"config": CONFIGS[name]}):
+    for options in ({"weights": str(tmp_path)}, {"config": config}):
         random_encoder = sca_registry.encoders.build(name, **options, pretrained=False)
         assert list_shapes(sca_registry.segmenters.build(name, random_encoder)) == expected
     deeper = sca_registry.segmenters.build(name, random_encoder, depth=3)
