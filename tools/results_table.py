@@ -27,6 +27,8 @@ START, END = "<!-- results -->", "<!-- /results -->"
 COLUMN_TITLES = {
     "attributes/all": "all four attributes correct",
     "relations/correct": "relations correct",
+    "positions/correct": "positions correct",
+    "positions/stated": "captions that state one",
     "class/accuracy": "class accuracy by region",
     "class/area-accuracy": "class accuracy by area",
     "mask-iou/mean": "mask IoU",
