@@ -307,7 +307,10 @@ FIELDS = [
         for field in SECTION_KEYS["train"]
         if hasattr(TrainOptions(), field)
     ),
-    *(("evaluate", field, kind) for field, kind in (("split", str), ("prompt_type", str), ("tasks", list))),
+    *(
+        ("evaluate", field, kind)
+        for field, kind in (("split", str), ("prompt_type", str), ("tasks", list), ("caption_all", bool))
+    ),
     *(("evaluate", field, kind) for field, kind in (("metrics", list), ("max_images", int), ("batch_size", int))),
     *(("evaluate", field, kind) for field, kind in (("generation", dict), ("dataset", "part"))),
     *(

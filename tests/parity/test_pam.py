@@ -164,7 +164,7 @@ def test_masks_at_the_size_of_the_image_match_the_golden_ones(model, recorded):
         assert np.array_equal(mask, expected)
 
 
-def test_mask_of_an_absent_object_is_empty(model, recorded):
+def test_mask_of_an_absent_object_is_empty_and_its_box_that_of_the_prompt(model, recorded):
     head = model.segmenter.decoder.pred_obj_score_head.proj_out
     bias = head.bias.clone()
     with torch.no_grad():
@@ -172,6 +172,6 @@ def test_mask_of_an_absent_object_is_empty(model, recorded):
         regions = segment(model, recorded, "click")
         head.bias.copy_(bias)
     assert (regions.masks == -1024).all()
-    assert not regions.boxes.any()
+    assert (regions.boxes[:, :2] < regions.boxes[:, 2:]).all()
     assert (regions.decoder_masks.masks > -1024).all()
     assert isinstance(regions.decoder_masks, DecoderMasks)
