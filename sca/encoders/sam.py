@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import SamConfig, SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionSdpaAttention
 
+from sca.encoders.stored_normalization import apply_stored_normalization
 from sca.io.hub import check_model_type, fetch_config_fields, fetch_pretrained_config, load_pretrained
 
 INITIALIZER_RANGE = 0.02  # SamVisionConfig has 1e-10, for which all images have the same features
@@ -57,7 +58,9 @@ class SamEncoder(nn.Module):
             self.vision = SamVisionEncoder(_get_vision_config(build_sam_config(weights, revision, config)))
         for layer in self.vision.layers:
             layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
-        self.image_format: ImageFormat = ImageFormat(size=cast("int", self.vision.config.image_size))
+        self.image_format: ImageFormat = apply_stored_normalization(
+            ImageFormat(size=cast("int", self.vision.config.image_size)), weights, revision
+        )
         self.channels: int = self.vision.config.output_channels
         self.stride: int = cast("int", self.vision.config.patch_size)
 

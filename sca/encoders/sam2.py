@@ -13,6 +13,7 @@ from sca_registry.contracts import ImageFormat
 from torch import Tensor, nn
 from transformers import Sam3TrackerModel
 
+from sca.encoders.stored_normalization import apply_stored_normalization
 from sca.io.errors import InputError
 from sca.io.hub import fetch_config_fields
 from sca.io.validation import check_choice
@@ -85,6 +86,7 @@ class Sam2Encoder(nn.Module):
         )
         if isinstance(model, Sam3TrackerModel):
             self.image_format = replace(self.image_format, mean=SAM3_MEAN, std=SAM3_STD)
+        self.image_format = apply_stored_normalization(self.image_format, weights, revision)
         self.stride = _get_side(prompt_config.patch_size)
 
     def get_config_fields(self) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import SamHQConfig, SamHQMaskDecoderConfig, SamHQModel, SamHQVisionConfig
 
 from sca.encoders.sam import INITIALIZER_RANGE, ChunkedAttention
+from sca.encoders.stored_normalization import apply_stored_normalization
 from sca.io.hub import check_model_type, fetch_config_fields, fetch_pretrained_config, load_pretrained
 from sca.nn.feature_packing import count_packed_channels, pack_feature_maps
 
@@ -56,7 +57,9 @@ class SamHqEncoder(nn.Module):
         self.vision = model.vision_encoder
         for layer in self.vision.layers:
             layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
-        self.image_format = ImageFormat(size=cast("int", self.vision.config.image_size))
+        self.image_format = apply_stored_normalization(
+            ImageFormat(size=cast("int", self.vision.config.image_size)), weights, revision
+        )
         self.stride: int = cast("int", self.vision.config.patch_size)
         self.image_channels: int = self.vision.config.output_channels
         self.high_res_projection: nn.Module | None = None
