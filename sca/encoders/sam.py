@@ -59,7 +59,7 @@ class SamEncoder(nn.Module):
         for layer in self.vision.layers:
             layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
         self.image_format: ImageFormat = apply_stored_normalization(
-            ImageFormat(size=cast("int", self.vision.config.image_size)), weights, revision
+            ImageFormat(size=cast("int", self.vision.config.image_size)), self.checkpoint, revision
         )
         self.channels: int = self.vision.config.output_channels
         self.stride: int = cast("int", self.vision.config.patch_size)

@@ -86,7 +86,7 @@ class Sam2Encoder(nn.Module):
         )
         if isinstance(model, Sam3TrackerModel):
             self.image_format = replace(self.image_format, mean=SAM3_MEAN, std=SAM3_STD)
-        self.image_format = apply_stored_normalization(self.image_format, weights, revision)
+        self.image_format = apply_stored_normalization(self.image_format, self.checkpoint, revision)
         self.stride = _get_side(prompt_config.patch_size)
 
     def get_config_fields(self) -> Mapping[str, Any]:

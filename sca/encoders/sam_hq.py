@@ -58,7 +58,7 @@ class SamHqEncoder(nn.Module):
         for layer in self.vision.layers:
             layer.attn.__class__ = ChunkedAttention  # same parameters, other forward
         self.image_format = apply_stored_normalization(
-            ImageFormat(size=cast("int", self.vision.config.image_size)), weights, revision
+            ImageFormat(size=cast("int", self.vision.config.image_size)), self.checkpoint, revision
         )
         self.stride: int = cast("int", self.vision.config.patch_size)
         self.image_channels: int = self.vision.config.output_channels

@@ -21,7 +21,7 @@ def apply_stored_normalization(image_format: ImageFormat, weights: str | None, r
 
     Args:
         image_format: Input format of an encoder.
-        weights: Hub id or folder of the weights; None without weights.
+        weights: Hub id or folder of pretrained weights; None for random weights.
         revision: Revision of the Hub id.
 
     Returns:
