@@ -361,8 +361,8 @@ def read_spec(folder: Path) -> ModelSpec:
 def _describe_missing_checkpoint(folder: Path) -> str:
     if model_type := read_model_type(folder):
         return (
-            f"{folder} has the model type {model_type!r}, which is no promptable segmenter; pass one of the type "
-            f"{', '.join(ENCODER_BY_MODEL_TYPE)}, or a folder written by `sca train` or sca.save"
+            f"{folder} has the model type {model_type!r}, which is not a promptable segmenter; pass one of the "
+            f"types {', '.join(ENCODER_BY_MODEL_TYPE)}, or a folder written by `sca train` or sca.save"
         )
     if (folder / CONFIG_FILE).exists():
         return f"{folder} has no {SPEC_FILE}; pass a folder written by `sca train` or sca.save"

@@ -23,7 +23,7 @@ from transformers.models.sam_hq.modeling_sam_hq import (
 from sca.io.hub import load_pretrained
 from sca.nn.two_way_transformer import TwoWayForward
 from sca.segmenters.sam import SamSegmenter
-from sca.segmenters.sam_weights import POSITION_FREQUENCY_SCALE
+from sca.segmenters.sam_weights import make_position_fields
 
 
 class SamHqSegmenter(SamSegmenter):
@@ -45,10 +45,9 @@ class SamHqSegmenter(SamSegmenter):
         self, decoder_fields: Mapping[str, Any], prompt_fields: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
         """Build a prompt encoder and a mask decoder with random weights."""
-        hidden_size = prompt_fields["hidden_size"]
         model = SamHqPromptAndMaskModel(
             SamHQConfig(
-                vision_config={"hidden_size": POSITION_FREQUENCY_SCALE, "num_pos_feats": hidden_size // 2},
+                vision_config=make_position_fields(prompt_fields["hidden_size"]),
                 prompt_encoder_config=dict(prompt_fields),
                 mask_decoder_config=dict(decoder_fields),
             )

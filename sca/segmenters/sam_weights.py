@@ -20,15 +20,17 @@ from sca.nn.two_way_transformer import TwoWayForward
 POSITION_FREQUENCY_SCALE = 2
 
 
+def make_position_fields(hidden_size: int) -> dict[str, int]:
+    """Return the fields of `vision_config` that determine the positional embedding of prompts."""
+    return {"hidden_size": POSITION_FREQUENCY_SCALE, "num_pos_feats": hidden_size // 2}
+
+
 def build_sam_modules(
     decoder_fields: Mapping[str, Any], prompt_fields: Mapping[str, Any]
 ) -> tuple[SamPromptEncoder, SamMaskDecoder]:
     """Build transformers' prompt encoder and mask decoder with random weights; see `SamSegmenter.build_modules`."""
     config = SamConfig(
-        vision_config={
-            "hidden_size": POSITION_FREQUENCY_SCALE,
-            "num_pos_feats": prompt_fields["hidden_size"] // 2,
-        },
+        vision_config=make_position_fields(prompt_fields["hidden_size"]),
         prompt_encoder_config=dict(prompt_fields),
         mask_decoder_config=dict(decoder_fields),
     )

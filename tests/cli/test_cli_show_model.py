@@ -64,7 +64,7 @@ def test_show_model_prints_no_training_details_of_copied_checkpoint(run_sca, tra
 def test_show_model_names_the_model_type_of_a_folder_in_another_format(get_sca_error, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "sam9"}')
     error = get_sca_error(2, "show", "model", tmp_path)
-    assert "has the model type 'sam9', which is no promptable segmenter; pass one of the type sam, " in error
+    assert "has the model type 'sam9', which is not a promptable segmenter; pass one of the types sam, " in error
     (tmp_path / "config.json").write_text("{}")
     assert "has no spec.json; pass a folder written by `sca train`" in get_sca_error(2, "show", "model", tmp_path)
 

@@ -274,7 +274,7 @@ def test_load_rejects_a_damaged_published_folder_in_one_line(write_published, da
 
 
 def test_load_rejects_a_language_model_folder(save_language_model):
-    with pytest.raises(InputError, match="has the model type 'gpt2', which is no promptable segmenter"):
+    with pytest.raises(InputError, match="has the model type 'gpt2', which is not a promptable segmenter"):
         sca.load(save_language_model("gpt2"))
 
 
